@@ -1,0 +1,102 @@
+// The small matrix product inside the CPU kernels: C (+)= A B on blocks that stay in cache, written
+// with g++'s vector types so that each instruction set gets its own registers. Included once per
+// instruction set by for_each_isa.inl.
+//
+// Every element of C is one chain of fused multiply-adds over k in ascending order, whatever the
+// block's shape, so a row's result does not depend on the rows that it is computed with.
+
+template <typename A>
+struct VectorOf {
+  typedef A type __attribute__((vector_size(FUSED_VECTOR_BYTES)));
+  typedef A unaligned_type __attribute__((vector_size(FUSED_VECTOR_BYTES), aligned(sizeof(A))));
+};
+
+// Elements in a vector register.
+template <typename A>
+constexpr int64_t kLanes = FUSED_VECTOR_BYTES / sizeof(A);
+
+// `columns` rounded up to whole vectors: the leading dimension that block_gemm asks for.
+template <typename A>
+static inline int64_t padded(int64_t columns) {
+  return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// C[kRows, kVectors * lanes] (+)= A[kRows, k] B[k, kVectors * lanes], C held in registers.
+// A's elements lie at a[row * row_stride_a + k * k_stride_a].
+template <typename A, int kRows, int kVectors>
+static inline void gemm_tile(int64_t k, const A* a, int64_t row_stride_a, int64_t k_stride_a,
+                             const A* b, int64_t ldb, A* c, int64_t ldc, bool accumulate) {
+  using Vector = typename VectorOf<A>::type;
+  using Unaligned = typename VectorOf<A>::unaligned_type;
+  Vector sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = accumulate ? Vector(*reinterpret_cast<const Unaligned*>(c + r * ldc + v * kLanes<A>))
+                             : Vector{};
+    }
+  }
+  for (int64_t i = 0; i < k; ++i) {
+    Vector row_of_b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + i * ldb + v * kLanes<A>);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const A element = a[r * row_stride_a + i * k_stride_a];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += element * row_of_b[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      *reinterpret_cast<Unaligned*>(c + r * ldc + v * kLanes<A>) = sum[r][v];
+    }
+  }
+}
+
+// All rows of one stripe of kVectors columns of vectors.
+template <typename A, int kVectors>
+static inline void gemm_stripe(int64_t m, int64_t k, const A* a, int64_t row_stride_a,
+                               int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                               bool accumulate) {
+  // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A.
+  constexpr int kRows = FUSED_VECTOR_BYTES == 64 ? 8 : 4;
+  int64_t row = 0;
+  const auto tile = [&](auto rows) {
+    constexpr int kTileRows = decltype(rows)::value;
+    gemm_tile<A, kTileRows, kVectors>(k, a + row * row_stride_a, row_stride_a, k_stride_a, b, ldb,
+                                      c + row * ldc, ldc, accumulate);
+    row += kTileRows;
+  };
+  while (m - row >= kRows) tile(std::integral_constant<int, kRows>{});
+  if (m - row >= 4) tile(std::integral_constant<int, 4>{});
+  if (m - row >= 2) tile(std::integral_constant<int, 2>{});
+  if (m - row >= 1) tile(std::integral_constant<int, 1>{});
+}
+
+// C[m, n] (+)= A[m, k] B[k, n]. B and C are read and written in whole vectors: their rows must be
+// padded<A>(n) long, and what B holds there must be finite or ignored by the caller. A may be
+// transposed: its elements lie at a[row * row_stride_a + k * k_stride_a].
+template <typename A>
+static inline void block_gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t row_stride_a,
+                              int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
+                              bool accumulate) {
+  constexpr int64_t kStripe = 3 * kLanes<A>;
+  int64_t column = 0;
+  for (; n - column > 2 * kLanes<A>; column += kStripe) {
+    gemm_stripe<A, 3>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
+                      accumulate);
+  }
+  if (n - column > kLanes<A>) {
+    gemm_stripe<A, 2>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
+                      accumulate);
+  } else if (n > column) {
+    gemm_stripe<A, 1>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
+                      accumulate);
+  }
+}

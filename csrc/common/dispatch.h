@@ -1,0 +1,46 @@
+// Which backend a call runs on. For the glue, which knows torch.
+//
+// FUSED_DISPATCH(tensor, attention_forward, params) calls attention_forward_cuda(params, stream) or
+// attention_forward_cpu(params) by the tensor's device. In the emulated build the CUDA launchers
+// take CPU tensors; in a build without CUDA there are no CUDA launchers. The caller holds a
+// c10::DeviceGuard for the tensor's device.
+#pragma once
+
+#include <c10/core/DeviceGuard.h>
+
+#include "common/checks.h"
+
+#if defined(FUSED_EMULATED)
+
+#define FUSED_DISPATCH(tensor, launcher, params) launcher##_cuda(params, nullptr)
+
+#elif defined(FUSED_WITH_CUDA)
+
+#include <c10/cuda/CUDAStream.h>
+
+#define FUSED_DISPATCH(tensor, launcher, params)                                      \
+  ((tensor).is_cuda() ? launcher##_cuda(params, c10::cuda::getCurrentCUDAStream(      \
+                                                    (tensor).device().index()).stream()) \
+                      : launcher##_cpu(params))
+
+#else
+
+#define FUSED_DISPATCH(tensor, launcher, params) launcher##_cpu(params)
+
+#endif
+
+namespace fused {
+
+// Refuses devices that this build has no kernels for, by name.
+inline void check_device(const char* op, const char* argument, const at::Tensor& tensor) {
+#if defined(FUSED_WITH_CUDA)
+  FUSED_CHECK_VALUE(tensor.is_cpu() || tensor.is_cuda(), op, ": ", argument,
+                    " must be on a CPU or CUDA device, got ", tensor.device());
+#else
+  FUSED_CHECK_VALUE(tensor.is_cpu(), op, ": ", argument,
+                    " must be on a CPU device (this build has no CUDA kernels), got ",
+                    tensor.device());
+#endif
+}
+
+}  // namespace fused

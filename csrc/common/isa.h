@@ -1,0 +1,21 @@
+// The CPU instruction sets that kernels are compiled for, and which of them to run.
+#pragma once
+
+#include "common/status.h"
+
+#if defined(__x86_64__)
+#define FUSED_X86 1
+#else
+#define FUSED_X86 0
+#endif
+
+namespace fused {
+
+enum class Isa { kGeneric, kAvx2, kAvx512 };
+
+// The best set that this CPU has, or what FUSED_ISA=generic|avx2|avx512 asks for where the CPU has
+// it. Decided on the first call.
+FUSED_API Isa current_isa();
+FUSED_API const char* isa_name(Isa isa);
+
+}  // namespace fused

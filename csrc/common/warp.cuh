@@ -1,0 +1,29 @@
+// Reductions inside a warp, in an order that does not depend on the schedule.
+#pragma once
+
+#include "common/simt.h"
+
+namespace fused {
+
+constexpr int kWarpSize = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+template <typename A>
+__device__ __forceinline__ A warp_sum(A value) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, offset);
+  }
+  return value;
+}
+
+// NaN wins, as in torch.max.
+template <typename A>
+__device__ __forceinline__ A warp_max(A value) {
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    const A other = __shfl_xor_sync(kFullWarp, value, offset);
+    value = (other > value || other != other) ? other : value;
+  }
+  return value;
+}
+
+}  // namespace fused
