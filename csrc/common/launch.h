@@ -1,0 +1,90 @@
+// launch() is the only way a kernel is started, shared_memory() the only way it gets its shared
+// memory. Included by .cu and .cuh files.
+#pragma once
+
+#include <cstddef>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "common/simt.h"
+#include "common/status.h"
+
+namespace fused {
+
+// The block's dynamic shared memory, aligned to 16 bytes at least. Its contents are undefined.
+template <class T>
+__device__ __forceinline__ T* shared_memory() {
+#ifdef FUSED_EMULATED
+  return reinterpret_cast<T*>(emulator::dynamic_shared_memory());
+#else
+  // One name and one type for all kernels: two extern arrays of different types cannot coexist.
+  extern __shared__ __align__(16) unsigned char fused_dynamic_shared_memory[];
+  return reinterpret_cast<T*>(fused_dynamic_shared_memory);
+#endif
+}
+
+// Bytes of dynamic shared memory that a block may ask launch() for on the current device.
+inline size_t max_shared_bytes() {
+#ifdef FUSED_EMULATED
+  return emulator::shared_limit();
+#else
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    cudaGetLastError();
+    return 48 * 1024;
+  }
+  return static_cast<size_t>(bytes);
+#endif
+}
+
+#ifndef FUSED_EMULATED
+namespace detail {
+
+// A failed call leaves its error behind for whoever asks next; it is ours, so take it back.
+inline Status status_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  return cudaGetErrorString(error);
+}
+
+template <class Values, size_t... I>
+Status launch_values(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+                     Values& values, std::index_sequence<I...>) {
+  // One element more than needed, because an array of none is not C++.
+  void* pointers[sizeof...(I) + 1] = {&std::get<I>(values)...};
+  return status_of(cudaLaunchKernel(kernel, grid, block, pointers, shared_bytes,
+                                    static_cast<cudaStream_t>(stream)));
+}
+
+}  // namespace detail
+#endif
+
+// Starts kernel(args...) on the stream and does not wait for it. A grid without blocks succeeds.
+template <class... P, class... A>
+Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
+              const A&... args) {
+  static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
+  static_assert((std::is_trivially_copyable_v<std::decay_t<P>> && ...), "copied to the device");
+  static_assert((sizeof(std::decay_t<P>) + ... + 0) <= 4096, "every architecture's limit");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return nullptr;
+  std::tuple<std::decay_t<P>...> values(static_cast<std::decay_t<P>>(args)...);
+#ifdef FUSED_EMULATED
+  (void)stream;  // launches run at once and to their end, which is the order of any stream
+  return emulator::launch(kernel, grid, block, shared_bytes, values);
+#else
+  const void* address = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > 48 * 1024) {
+    const Status raised = detail::status_of(
+        cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(shared_bytes)));
+    if (raised) return raised;
+  }
+  return detail::launch_values(address, grid, block, shared_bytes, stream, values,
+                               std::index_sequence_for<P...>());
+#endif
+}
+
+}  // namespace fused

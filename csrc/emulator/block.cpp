@@ -1,0 +1,373 @@
+#include "emulator/block.h"
+
+#include <cstdio>
+#include <cstring>
+#include <cstdarg>
+
+namespace fused::emulator {
+
+__thread const ThreadView* current_thread = nullptr;
+__thread const BlockView* current_block = nullptr;
+
+namespace {
+
+__thread BlockRunner* current_runner = nullptr;
+
+constexpr size_t kSharedAlignment = 1024;
+constexpr size_t kGuardBytes = 256;
+constexpr unsigned char kGuard = 0xa5;
+constexpr unsigned char kUndefined = 0xff;  // NaN in every floating type, and no valid index
+
+std::string text_of(uint3 v) {
+  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+}
+
+std::string text_of(Site site) {
+  const char* slash = std::strrchr(site.file, '/');
+  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+uint64_t next_random(uint64_t& state) {  // splitmix64
+  uint64_t z = state += 0x9e3779b97f4a7c15;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
+  return z ^ (z >> 31);
+}
+
+}  // namespace
+
+// ---- ReadySet ----
+
+void ReadySet::reset(Order order, uint64_t seed, int num_threads) {
+  words_.fill(0);
+  order_ = order;
+  random_state_ = seed;
+  num_threads_ = num_threads;
+  last_taken_ = order == Order::kReverse ? num_threads : -1;
+}
+
+int ReadySet::first_from(int thread) const {
+  for (int word = thread / 64, bit = thread % 64; word < int(words_.size()); ++word, bit = 0) {
+    const uint64_t rest = words_[word] >> bit;
+    if (rest) return word * 64 + bit + __builtin_ctzll(rest);
+  }
+  return -1;
+}
+
+int ReadySet::last_to(int thread) const {
+  for (int word = thread / 64, bit = thread % 64; word >= 0; --word, bit = 63) {
+    const uint64_t rest = words_[word] << (63 - bit);
+    if (rest) return word * 64 + bit - __builtin_clzll(rest);
+  }
+  return -1;
+}
+
+int ReadySet::take() {
+  int taken = -1;
+  if (order_ == Order::kReverse) {
+    if (last_taken_ > 0) taken = last_to(last_taken_ - 1);
+    if (taken < 0) taken = last_to(kMaxThreads - 1);
+  } else {
+    const int from = order_ == Order::kForward ? last_taken_ + 1
+                                               : int(next_random(random_state_) % num_threads_);
+    if (from < kMaxThreads) taken = first_from(from);
+    if (taken < 0) taken = first_from(0);
+  }
+  if (taken < 0) return -1;
+  words_[taken / 64] &= ~(uint64_t(1) << taken % 64);
+  return last_taken_ = taken;
+}
+
+// ---- a block from start to end ----
+
+BlockRunner::BlockRunner() : threads_(kMaxThreads), warps_(kMaxThreads / kWarpSize) {}
+
+std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t block_rank,
+                             const Settings& settings) {
+  launch_ = &launch;
+  settings_ = settings;
+  view_ = {block_index, launch.block, launch.grid, nullptr};
+  num_threads_ = int(launch.block.x * launch.block.y * launch.block.z);
+  error_.clear();
+  uint64_t seed = settings.seed + block_rank * 0x9e3779b97f4a7c15;
+  ready_.reset(settings.order, next_random(seed), num_threads_);
+  reset_threads();
+  fill_shared_memory();
+
+  BlockRunner* const outer_runner = current_runner;
+  const BlockView* const outer_block = current_block;
+  current_runner = this;
+  current_block = &view_;
+  enter(threads_[ready_.take()], &scheduler_stack_pointer_);
+  if (error_.empty()) check_shared_memory_guard();
+  current_thread = nullptr;
+  current_block = outer_block;
+  current_runner = outer_runner;
+  return error_;
+}
+
+void BlockRunner::reset_threads() {
+  num_exited_ = num_at_barrier_ = 0;
+  pending_barrier_ = {0, true, false};
+  free_stacks_.clear();  // an abandoned launch never gave its stacks back
+  for (auto& stack : stacks_) free_stacks_.push_back(&stack);
+  const dim3 dim = launch_->block;
+  int rank = 0;
+  for (unsigned z = 0; z < dim.z; ++z) {
+    for (unsigned y = 0; y < dim.y; ++y) {
+      for (unsigned x = 0; x < dim.x; ++x, ++rank) {
+        Thread& thread = threads_[rank];
+        thread.index = {x, y, z};
+        thread.rank = unsigned(rank);
+        thread.state = State::kNotStarted;
+        thread.stack = nullptr;
+        ready_.insert(rank);
+      }
+    }
+  }
+  for (int first = 0; first < num_threads_; first += kWarpSize) {
+    const int lanes = num_threads_ - first;
+    warps_[first / kWarpSize] = {0, lanes >= kWarpSize ? 0 : ~0u << lanes};
+  }
+}
+
+void BlockRunner::fill_shared_memory() {
+  const size_t bytes = launch_->shared_bytes;
+  shared_storage_.resize(kSharedAlignment + bytes + kGuardBytes);
+  const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
+  view_.shared = shared_storage_.data() + (kSharedAlignment - address % kSharedAlignment) %
+                                              kSharedAlignment;
+  std::memset(view_.shared, kUndefined, bytes);
+  std::memset(view_.shared + bytes, kGuard, kGuardBytes);
+}
+
+void BlockRunner::check_shared_memory_guard() {
+  const unsigned char* guard = view_.shared + launch_->shared_bytes;
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (guard[i] == kGuard) continue;
+    error_ = kernel_name(launch_->kernel) + ": block " + text_of(view_.index) +
+             ": wrote byte " + std::to_string(launch_->shared_bytes + i) +
+             " of its shared memory, which has " + std::to_string(launch_->shared_bytes);
+    return;
+  }
+}
+
+// ---- fibers ----
+
+void BlockRunner::enter(Thread& next, void** save) {
+  if (next.state == State::kNotStarted) {
+    if (free_stacks_.empty()) {
+      stacks_.reserve(kMaxThreads);  // threads point into it
+      stacks_.push_back(std::make_unique<Stack>(int(stacks_.size())));
+      free_stacks_.push_back(&stacks_.back());
+    }
+    next.stack = free_stacks_.back();
+    free_stacks_.pop_back();
+    next.stack_pointer = (*next.stack)->prepare(fiber_main);
+  }
+  next.state = State::kReady;
+  current_thread = &next;
+  fused_emulator_switch_stack(save, next.stack_pointer);
+}
+
+void BlockRunner::fiber_main() {
+  BlockRunner& runner = *current_runner;
+  for (;;) {
+    runner.launch_->run_thread(*runner.launch_);
+    runner.exit_current_thread();
+    Thread& done = runner.current();
+    void* abandoned;
+    if (runner.num_exited_ == runner.num_threads_) {
+      fused_emulator_switch_stack(&abandoned, runner.scheduler_stack_pointer_);
+    }
+    const int next = runner.ready_.take();
+    if (next < 0) runner.fail_in_deadlock();
+    Thread& thread = runner.threads_[next];
+    if (thread.state == State::kNotStarted) {
+      // A thread that never waited leaves a warm stack for the next one to start on.
+      thread.stack = done.stack;
+      thread.state = State::kReady;
+      done.stack = nullptr;
+      current_thread = &thread;
+    } else {
+      runner.free_stacks_.push_back(done.stack);
+      done.stack = nullptr;
+      runner.enter(thread, &abandoned);
+    }
+  }
+}
+
+void BlockRunner::suspend() {
+  Thread& self = current();
+  const int next = ready_.take();
+  if (next < 0) fail_in_deadlock();
+  enter(threads_[next], &self.stack_pointer);
+}
+
+void BlockRunner::exit_current_thread() {
+  Thread& self = current();
+  self.state = State::kExited;
+  ++num_exited_;
+  Warp& warp = warps_[self.rank / kWarpSize];
+  warp.exited |= 1u << self.rank % kWarpSize;
+}
+
+// ---- waiting ----
+
+BarrierResult BlockRunner::barrier(bool predicate, Site site) {
+  Thread& self = current();
+  for (int i = 0; num_at_barrier_ > 0 && i < num_threads_; ++i) {
+    const Thread& other = threads_[i];
+    if (other.state != State::kAtBarrier) continue;
+    if (other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0) {
+      fail("__syncthreads at %s, while %s waits at the one at %s", text_of(site).c_str(),
+           name_of(other).c_str(), text_of(other.site).c_str());
+    }
+    break;  // the others were compared with this one when they came
+  }
+  pending_barrier_.count += predicate;
+  pending_barrier_.all &= predicate;
+  pending_barrier_.any |= predicate;
+  self.state = State::kAtBarrier;
+  self.site = site;
+  if (++num_at_barrier_ < num_threads_) {
+    suspend();
+    return barrier_result_;
+  }
+  barrier_result_ = pending_barrier_;
+  pending_barrier_ = {0, true, false};
+  num_at_barrier_ = 0;
+  for (int i = 0; i < num_threads_; ++i) {
+    threads_[i].state = State::kReady;
+    if (i != int(self.rank)) ready_.insert(i);
+  }
+  return barrier_result_;
+}
+
+void BlockRunner::collective(const char* name, unsigned mask, void* record, Combine combine,
+                             Site site) {
+  Thread& self = current();
+  Warp& warp = warps_[self.rank / kWarpSize];
+  const unsigned lane = self.rank % kWarpSize;
+  self.site = site;
+  self.collective = name;
+  self.mask = mask;
+  self.record = record;
+  self.combine = combine;
+  if (!(mask >> lane & 1)) {
+    fail("%s at %s: mask %08x does not name the calling lane %u", name, text_of(site).c_str(),
+         mask, lane);
+  }
+  if (mask & warp.exited) {
+    fail("%s at %s: mask %08x names lane %d, which has exited or is not part of the block", name,
+         text_of(site).c_str(), mask, __builtin_ctz(mask & warp.exited));
+  }
+  warp.waiting |= 1u << lane;
+  if ((warp.waiting & mask) == mask) {
+    complete_collective(warp, self);
+  } else {
+    self.state = State::kAtCollective;
+    suspend();
+  }
+}
+
+void BlockRunner::complete_collective(Warp& warp, const Thread& self) {
+  Thread* const lanes = &threads_[self.rank / kWarpSize * kWarpSize];
+  void* records[kWarpSize] = {};
+  for (unsigned rest = self.mask; rest; rest &= rest - 1) {
+    const int lane = __builtin_ctz(rest);
+    const Thread& other = lanes[lane];
+    if (other.mask != self.mask || other.combine != self.combine ||
+        other.collective != self.collective) {
+      fail("%s at %s with mask %08x, while lane %d waits in %s at %s with mask %08x",
+           self.collective, text_of(self.site).c_str(), self.mask, lane, other.collective,
+           text_of(other.site).c_str(), other.mask);
+    }
+    records[lane] = other.record;
+  }
+  if (self.combine) {
+    const char* wrong = self.combine(records, self.mask);
+    if (wrong) {
+      fail("%s at %s with mask %08x: %s", self.collective, text_of(self.site).c_str(), self.mask,
+           wrong);
+    }
+  }
+  warp.waiting &= ~self.mask;
+  for (unsigned rest = self.mask; rest; rest &= rest - 1) {
+    Thread& other = lanes[__builtin_ctz(rest)];
+    if (&other == &self) continue;
+    other.state = State::kReady;
+    ready_.insert(int(other.rank));
+  }
+}
+
+// ---- errors ----
+
+std::string BlockRunner::name_of(const Thread& thread) const {
+  return "thread " + text_of(thread.index);
+}
+
+void BlockRunner::fail_in_current_thread(const std::string& what) {
+  error_ = kernel_name(launch_->kernel) + ": block " + text_of(view_.index) + ", " +
+           name_of(current()) + ": " + what;
+  void* abandoned;
+  fused_emulator_switch_stack(&abandoned, scheduler_stack_pointer_);
+  __builtin_unreachable();
+}
+
+// Nobody can run and not everybody has exited: says who waits, and for whom in vain.
+void BlockRunner::fail_in_deadlock() {
+  const Thread* waiting = nullptr;
+  const Thread* elsewhere = nullptr;
+  for (int i = 0; i < num_threads_; ++i) {
+    if (threads_[i].state == State::kAtBarrier && !waiting) waiting = &threads_[i];
+  }
+  if (waiting) {
+    for (int i = 0; i < num_threads_ && !elsewhere; ++i) {
+      if (threads_[i].state != State::kAtBarrier) elsewhere = &threads_[i];
+    }
+  } else {
+    for (int i = 0; i < num_threads_ && !waiting; ++i) {
+      if (threads_[i].state == State::kAtCollective) waiting = &threads_[i];
+    }
+    const int first = int(waiting->rank) / kWarpSize * kWarpSize;
+    for (int i = first; i < first + kWarpSize && !elsewhere; ++i) {
+      const bool named = waiting->mask >> (i - first) & 1;
+      if (named && (threads_[i].state != State::kAtCollective ||
+                    threads_[i].mask != waiting->mask)) {
+        elsewhere = &threads_[i];
+      }
+    }
+  }
+  current_thread = waiting;
+  const std::string where = text_of(waiting->site);
+  const std::string what =
+      waiting->state == State::kAtBarrier ? "__syncthreads" : waiting->collective;
+  if (elsewhere->state == State::kExited) {
+    fail("%s at %s waits for %s, which has exited", what.c_str(), where.c_str(),
+         name_of(*elsewhere).c_str());
+  }
+  fail("%s at %s waits for %s, which waits at %s", what.c_str(), where.c_str(),
+       name_of(*elsewhere).c_str(), text_of(elsewhere->site).c_str());
+}
+
+// ---- what kernels call ----
+
+void fail(const char* format, ...) {
+  char text[1024];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof text, format, arguments);
+  va_end(arguments);
+  current_runner->fail_in_current_thread(text);
+}
+
+BarrierResult block_barrier(bool predicate, Site site) {
+  return current_runner->barrier(predicate, site);
+}
+
+void warp_collective(const char* name, unsigned mask, void* record, Combine combine, Site site) {
+  current_runner->collective(name, mask, record, combine, site);
+}
+
+}  // namespace fused::emulator

@@ -1,0 +1,96 @@
+// Kernel names without a macro around every kernel: a kernel is a hidden function, so the dynamic
+// linker does not know its name, but the file that it was loaded from does, in its symbol table.
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <elf.h>
+#include <link.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iterator>
+#include <mutex>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/control.h"
+
+namespace fused::emulator {
+namespace {
+
+// Mangled names by address relative to where the file is loaded.
+using Symbols = std::unordered_map<uintptr_t, std::string>;
+
+template <class T>
+const T* view_at(const std::vector<char>& file, size_t offset, size_t count = 1) {
+  if (offset > file.size() || count > (file.size() - offset) / sizeof(T)) return nullptr;
+  return reinterpret_cast<const T*>(file.data() + offset);
+}
+
+Symbols read_symbols(const char* path) {
+  std::ifstream stream(path, std::ios::binary);
+  const std::vector<char> file{std::istreambuf_iterator<char>(stream), {}};
+  Symbols symbols;
+  const auto* header = view_at<ElfW(Ehdr)>(file, 0);
+  if (!header) return symbols;
+  const auto* sections = view_at<ElfW(Shdr)>(file, header->e_shoff, header->e_shnum);
+  if (!sections) return symbols;
+  for (int i = 0; i < header->e_shnum; ++i) {
+    if (sections[i].sh_type != SHT_SYMTAB) continue;
+    const size_t count = sections[i].sh_size / sizeof(ElfW(Sym));
+    const auto* entries = view_at<ElfW(Sym)>(file, sections[i].sh_offset, count);
+    const auto& strings = sections[sections[i].sh_link];
+    const auto* names = view_at<char>(file, strings.sh_offset, strings.sh_size);
+    if (!entries || !names) continue;
+    for (size_t s = 0; s < count; ++s) {
+      if ((entries[s].st_info & 0xf) != STT_FUNC || entries[s].st_name >= strings.sh_size) continue;
+      symbols.emplace(entries[s].st_value, names + entries[s].st_name);
+    }
+  }
+  return symbols;
+}
+
+std::string demangled(const std::string& mangled) {
+  int status = 0;
+  char* text = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+  std::string name = status == 0 ? text : mangled;
+  std::free(text);
+  return name;
+}
+
+// "void f<int>(Params)" to "f<int>": a template's demangled name starts with its return type.
+std::string without_signature(std::string name) {
+  if (!name.empty() && name.back() == ')') {
+    size_t open = name.size() - 1;
+    for (int depth = 1; depth > 0 && open > 0;) {
+      --open;
+      depth += name[open] == ')' ? 1 : name[open] == '(' ? -1 : 0;
+    }
+    name.resize(open);
+  }
+  return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
+}
+
+}  // namespace
+
+std::string kernel_name(const void* kernel) {
+  static std::mutex mutex;
+  static auto& files = *new std::unordered_map<std::string, Symbols>;
+  Dl_info info;
+  if (!dladdr(kernel, &info) || !info.dli_fname) return "unknown kernel";
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto file = files.find(info.dli_fname);
+  if (file == files.end()) {
+    file = files.emplace(info.dli_fname, read_symbols(info.dli_fname)).first;
+  }
+  // An executable that is not position-independent is linked to absolute addresses.
+  const auto address = reinterpret_cast<uintptr_t>(kernel);
+  const auto base = reinterpret_cast<uintptr_t>(info.dli_fbase);
+  for (const uintptr_t key : {address - base, address}) {
+    const auto symbol = file->second.find(key);
+    if (symbol != file->second.end()) return without_signature(demangled(symbol->second));
+  }
+  return "unknown kernel";
+}
+
+}  // namespace fused::emulator
