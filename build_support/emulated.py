@@ -1,6 +1,6 @@
 """Builds the tests' module, in which the CUDA kernels run on the CPU, and prints its path.
 
-    python -m build_support.emulated
+Run by the tests, or by hand with `python -m build_support.emulated`.
 """
 
 from __future__ import annotations

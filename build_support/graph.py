@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from build_support.cuda import CudaToolkit
 from build_support.errors import BuildError
@@ -70,13 +71,21 @@ class Toolchain:
         return flags
 
 
+class Edge(NamedTuple):
+    rule: str
+    output: str
+    inputs: list[str]
+    flags: list[str]
+    libraries: Sequence[str] = ()  # of ours, which have to be linked first
+
+
 @dataclass
 class Graph:
     """A ninja file in the making: compile() and link() add edges, write() saves it."""
 
     toolchain: Toolchain
     folder: str  # of the objects, relative to the root of the source tree
-    edges: list[tuple[str, str, list[str], dict[str, str]]] = field(default_factory=list)
+    edges: list[Edge] = field(default_factory=list)
 
     def compile(self, sources: Iterable[Source], defines: Sequence[str] = ()) -> list[str]:
         return [self._compile(source, defines) for source in sources]
@@ -92,11 +101,14 @@ class Graph:
             if source.kind is Kind.CUDA:
                 flags.append("-x c++")
         rule = "nvcc" if use_nvcc else "cxx"
-        self.edges.append((rule, output, [source.path], {"flags": " ".join(flags)}))
+        self.edges.append(Edge(rule, output, [source.path], flags))
         return output
 
-    def link(self, output: str, objects: Sequence[str], flags: Sequence[str]) -> None:
-        self.edges.append(("link", output, list(objects), {"flags": " ".join(flags)}))
+    def link(
+        self, output: str, objects: list[str], flags: list[str], libraries: Sequence[str] = ()
+    ) -> str:
+        self.edges.append(Edge("link", output, objects, [*libraries, *flags], libraries))
+        return output
 
     def write(self) -> Path:
         from ninja import ninja_syntax
@@ -115,8 +127,9 @@ class Graph:
                 ninja.rule("nvcc", command, description="NVCC $in", depfile="$out.d", deps="gcc")
             linker = self.toolchain.compiler.path
             ninja.rule("link", f"{linker} -shared $in $flags -o $out", description="LINK $out")
-            for rule, output, inputs, variables in self.edges:
-                ninja.build(output, rule, inputs, variables=variables)
+            for edge in self.edges:
+                libraries, flags = list(edge.libraries), {"flags": " ".join(edge.flags)}
+                ninja.build(edge.output, edge.rule, edge.inputs, libraries, variables=flags)
         return path
 
     def run(self) -> None:
@@ -134,13 +147,12 @@ def _torch_link_flags(torch: Torch, *libraries: str) -> list[str]:
     return [f"-L{torch.library_dir}", "-Wl,--as-needed", *(f"-l{name}" for name in libraries)]
 
 
-def package_graph(toolchain: Toolchain, folder: str, destination: str) -> Graph:
-    """libfused.so and _C, written into `destination` (relative to the root of the tree)."""
+def package_graph(toolchain: Toolchain, folder: str) -> Graph:
+    """libfused.so and _C, as they go into the package."""
     graph = Graph(toolchain, folder)
     sources, torch, cuda = find_sources(), toolchain.torch, toolchain.cuda
     defines = ["-DFUSED_WITH_CUDA"] if cuda else []
 
-    library = f"{destination}/libfused.so"
     objects = graph.compile(library_sources(sources, cuda=cuda is not None), defines)
     flags = _torch_link_flags(torch, "torch", "torch_cpu", "c10")
     if cuda is not None:
@@ -148,12 +160,13 @@ def package_graph(toolchain: Toolchain, folder: str, destination: str) -> Graph:
     # -z defs: a symbol that nobody defines is an error here, not at a user's import.
     # The RUNPATH serves programs without Python; under Python torch is loaded already.
     flags += ["-fopenmp", "-Wl,-soname,libfused.so", "-Wl,-z,defs"]
-    flags.append(r"-Wl,-rpath,'$$ORIGIN/../torch/lib'")
-    graph.link(library, objects, flags)
+    flags.append("-Wl,-rpath,'$$ORIGIN/../torch/lib'")
+    library = graph.link(f"{folder}/libfused.so", objects, flags)
 
     objects = graph.compile(binding_sources(sources), [*defines, "-DTORCH_EXTENSION_NAME=_C"])
-    flags = [library, *_torch_link_flags(torch, "torch_python", "torch", "torch_cpu", "c10")]
-    graph.link(f"{destination}/_C{extension_suffix()}", objects, [*flags, r"-Wl,-rpath,'$$ORIGIN'"])
+    flags = _torch_link_flags(torch, "torch_python", "torch", "torch_cpu", "c10")
+    flags.append("-Wl,-rpath,'$$ORIGIN'")
+    graph.link(f"{folder}/_C{extension_suffix()}", objects, flags, libraries=[library])
     return graph
 
 

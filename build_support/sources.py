@@ -2,11 +2,11 @@
 
 The kind of a file follows from its name alone, so that adding an op needs no change here:
 
-    csrc/bindings/module.cpp    BINDING  pybind11, the only file that knows Python
-    csrc/<op>/*_cpu*.cpp        CPU      CPU kernels; no torch header, kernel flags
-    csrc/<op>/*.cu              CUDA     nvcc, or g++ for the emulator; no torch header
-    csrc/emulator/*.cpp         EMULATOR runs .cu files on the CPU; only in the tests' module
-    every other .cpp            GLUE     the checks, allocations and ATen calls of an op
+csrc/bindings/module.cpp    BINDING  pybind11, the only file that knows Python
+csrc/<op>/*_cpu*.cpp        CPU      CPU kernels; no torch header, kernel flags
+csrc/<op>/*.cu              CUDA     nvcc, or g++ for the emulator; no torch header
+csrc/emulator/*.cpp         EMULATOR runs .cu files on the CPU; only in the tests' module
+every other .cpp            GLUE     the checks, allocations and ATen calls of an op
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,15 +45,62 @@ class Torch:
 
 
 def find_torch() -> Torch | None:
-    """The torch on sys.path, or None."""
+    """The torch to build against, or None.
+
+    First the one importable here; then, for builds in isolation, the one in the environment that
+    is being installed into.
+    """
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    origin = spec.origin if spec else None
+    for python in _target_pythons():
+        origin = origin or _torch_of(python)
+    if origin is None:
         return None
-    root = Path(spec.origin).parent
+    root = Path(origin).parent
     facts: dict[str, object] = {}
     exec((root / "version.py").read_text(), facts)
     cuda = facts.get("cuda")
     return Torch(str(facts["__version__"]), None if cuda is None else str(cuda), root)
+
+
+def _target_pythons() -> list[str]:
+    """Interpreters whose environment may be the target.
+
+    pip runs the build under the target's own interpreter and hides its packages by PYTHONPATH; uv
+    and `build` make an environment with another interpreter, but leave the active one's name.
+    """
+    prefixes = filter(None, map(os.environ.get, ("VIRTUAL_ENV", "CONDA_PREFIX")))
+    return [sys.executable, *(os.path.join(prefix, "bin", "python") for prefix in prefixes)]
+
+
+def _torch_of(python: str) -> str | None:
+    """The file of the torch that a fresh interpreter of our version would import."""
+    code = (
+        "import importlib.util as u, sys\n"
+        f"same = sys.version_info[:2] == {sys.version_info[:2]!r}\n"
+        "spec = u.find_spec('torch') if same else None\n"
+        "print(spec.origin if spec and spec.origin else '')"
+    )
+    hidden = ("PYTHONPATH", "PYTHONHOME", "PYTHONNOUSERSITE", "PYTHONSAFEPATH")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    try:
+        # From / so that no folder called torch beside us is taken for it.
+        answer = subprocess.run(
+            [python, "-c", code], env=environment, cwd="/", capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return answer.stdout.strip() or None
+
+
+def torch_requirement(torch: Torch | None) -> str:
+    """What the package asks of torch: the minor version it is compiled for, or any we support."""
+    if torch is None:
+        return f"torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}"
+    public = torch.version.split("+")[0]
+    if re.fullmatch(r"\d+\.\d+\.\d+", public) is None:
+        return f"torch=={public}"  # a nightly build promises nothing to the next
+    return f"torch=={torch.release[0]}.{torch.release[1]}.*"
 
 
 def require_torch() -> Torch:
@@ -84,10 +132,8 @@ def require_ninja() -> str:
     try:
         import ninja
     except ImportError:
-        found = shutil.which("ninja")
         raise BuildError(
-            "the Python package ninja is missing"
-            + (f" ({found} alone does not do: the graph writer comes with the package)." if found else "."),
+            "the Python package ninja is missing (it brings the writer of the build graph).",
             "Run `pip install ninja`, or install without --no-build-isolation.",
         ) from None
     return os.path.join(ninja.BIN_DIR, "ninja")
@@ -120,13 +166,12 @@ def require_compiler() -> Compiler:
     if answer.returncode != 0:
         raise BuildError(f"`{command} --version` fails.", "Point CXX at a C++ compiler that runs.")
     version = answer.stdout.splitlines()[0]
-    number = version.split()[-1]
-    if "clang" not in version and number.split(".")[0].isdigit():
-        if int(number.split(".")[0]) < MINIMUM_GCC:
-            raise BuildError(
-                f"{version} is too old for torch's headers, which need g++ {MINIMUM_GCC} or later.",
-                "Install a newer g++ and point CXX at it.",
-            )
+    major = version.split()[-1].split(".")[0]
+    if "clang" not in version and major.isdigit() and int(major) < MINIMUM_GCC:
+        raise BuildError(
+            f"{version} is too old for torch's headers, which need g++ {MINIMUM_GCC} or later.",
+            "Install a newer g++ and point CXX at it.",
+        )
     return Compiler(command, version)
 
 
