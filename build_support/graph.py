@@ -42,6 +42,8 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "
 # nvcc does not reassociate either, so emulated kernels round as the real ones do. -O2: they are
 # run once per test, and compile in half the time.
 EMULATED_KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-Wno-unknown-pragmas"]
+# A misaligned vector access traps on a GPU: here it calls csrc/emulator/access_checks.cpp.
+ACCESS_CHECK_FLAGS = ["-fsanitize=alignment,bounds"]
 KERNEL_STANDARD = "-std=c++17"
 GLUE_STANDARD = "-std=c++20"  # torch's headers ask for it
 
@@ -99,7 +101,7 @@ class Graph:
         else:
             flags = self.toolchain.flags(source.kind, defines)
             if source.kind is Kind.CUDA:
-                flags.append("-x c++")
+                flags += [*ACCESS_CHECK_FLAGS, "-x c++"]
         rule = "nvcc" if use_nvcc else "cxx"
         self.edges.append(Edge(rule, output, [source.path], flags))
         return output

@@ -6,7 +6,7 @@
 
 namespace fused {
 
-// nullptr on success, else a message with static storage duration.
+// nullptr on success, else a message that stays valid until this thread's next launch.
 using Status = const char*;
 
 // A cudaStream_t, without the CUDA headers. The CPU launchers take none.
