@@ -2,10 +2,11 @@
 
 The kind of a file follows from its name alone, so that adding an op needs no change here:
 
-csrc/bindings/module.cpp    BINDING  pybind11, the only file that knows Python
+csrc/bindings/module.cpp    BINDING  pybind11: the only files that know Python
+csrc/emulator/bindings.cpp  BINDING
+csrc/emulator/*.cpp         EMULATOR runs .cu files on the CPU; only in the tests' module
 csrc/<op>/*_cpu*.cpp        CPU      CPU kernels; no torch header, kernel flags
 csrc/<op>/*.cu              CUDA     nvcc, or g++ for the emulator; no torch header
-csrc/emulator/*.cpp         EMULATOR runs .cu files on the CPU; only in the tests' module
 every other .cpp            GLUE     the checks, allocations and ATen calls of an op
 """
 
@@ -37,10 +38,10 @@ class Source:
 def classify(path: Path) -> Kind:
     if path.suffix == ".cu":
         return Kind.CUDA
+    if path.name in ("module.cpp", "bindings.cpp"):
+        return Kind.BINDING
     if path.parent.name == "emulator":
         return Kind.EMULATOR
-    if path.parent.name == "bindings" and path.name == "module.cpp":
-        return Kind.BINDING
     return Kind.CPU if "_cpu" in path.stem else Kind.GLUE
 
 
@@ -62,7 +63,8 @@ def library_sources(sources: Iterable[Source], *, cuda: bool) -> list[Source]:
 
 def binding_sources(sources: Iterable[Source]) -> list[Source]:
     """fused/_C: the list of functions, linked to libfused.so."""
-    return _select(sources, Kind.BINDING)
+    units = _select(sources, Kind.BINDING)
+    return [unit for unit in units if "/emulator/" not in unit.path]
 
 
 def emulated_sources(sources: Iterable[Source]) -> list[Source]:
