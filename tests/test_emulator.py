@@ -81,9 +81,7 @@ def test_missing_barrier_shows_in_the_result(run_case: RunCase) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_shared_memory_is_the_blocks_own_and_starts_as_nan(
-    run_case: RunCase, threads: int
-) -> None:
+def test_shared_memory_is_each_blocks_own_and_nan_at_first(run_case: RunCase, threads: int) -> None:
     out = ints(8 * 64)
     assert run_case("static_shared_kernel", out, threads=threads) is None
     sums = [sum(range(block, block + 64)) for block in range(8)]
@@ -189,7 +187,7 @@ def test_errors_name_kernel_block_and_thread(
     start = (4 - buffer.ctypes.data // 4 % 4) % 4
     error = run_case(name, buffer[start:], order, seed)
     assert error is not None
-    where = r"fused::cases::%s: block \(0, 0, 0\)(, thread \(\d+, 0, 0\))?: .*" % name
+    where = re.escape(f"fused::cases::{name}: block (0, 0, 0)") + r"(, thread \(\d+, 0, 0\))?: .*"
     assert re.search(where + ERRORS[name], error), error
 
 

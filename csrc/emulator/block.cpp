@@ -1,8 +1,12 @@
 #include "emulator/block.h"
 
+#include <cstdarg>
 #include <cstdio>
 #include <cstring>
-#include <cstdarg>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fused::emulator {
 
@@ -18,13 +22,22 @@ constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kGuard = 0xa5;
 constexpr unsigned char kUndefined = 0xff;  // NaN in every floating type, and no valid index
 
-std::string text_of(uint3 v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+// Text without an allocation: an abandoned fiber never runs its destructors.
+struct Text {
+  char chars[160];
+};
+
+Text text_of(uint3 v) {
+  Text text;
+  std::snprintf(text.chars, sizeof text.chars, "(%u, %u, %u)", v.x, v.y, v.z);
+  return text;
 }
 
-std::string text_of(Site site) {
+Text text_of(Site site) {
   const char* slash = std::strrchr(site.file, '/');
-  return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
+  Text text;
+  std::snprintf(text.chars, sizeof text.chars, "%s:%d", slash ? slash + 1 : site.file, site.line);
+  return text;
 }
 
 uint64_t next_random(uint64_t& state) {  // splitmix64
@@ -80,7 +93,8 @@ int ReadySet::take() {
 
 // ---- a block from start to end ----
 
-BlockRunner::BlockRunner() : threads_(kMaxThreads), warps_(kMaxThreads / kWarpSize) {}
+BlockRunner::BlockRunner()
+    : threads_(kMaxThreads), warps_(kMaxThreads / kWarpSize), stacks_(kMaxThreads) {}
 
 std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t block_rank,
                              const Settings& settings) {
@@ -98,19 +112,19 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
   const BlockView* const outer_block = current_block;
   current_runner = this;
   current_block = &view_;
-  enter(threads_[ready_.take()], &scheduler_stack_pointer_);
+  switch_to(threads_[ready_.take()], scheduler_, false);
   if (error_.empty()) check_shared_memory_guard();
   current_thread = nullptr;
   current_block = outer_block;
   current_runner = outer_runner;
-  return error_;
+  if (error_.empty()) return error_;
+  return kernel_name(launch.kernel) + ": block " + text_of(view_.index).chars + error_;
 }
 
 void BlockRunner::reset_threads() {
   num_exited_ = num_at_barrier_ = 0;
   pending_barrier_ = {0, true, false};
-  free_stacks_.clear();  // an abandoned launch never gave its stacks back
-  for (auto& stack : stacks_) free_stacks_.push_back(&stack);
+  stacks_.take_back_all();  // an abandoned launch never gave them back
   const dim3 dim = launch_->block;
   int rank = 0;
   for (unsigned z = 0; z < dim.z; ++z) {
@@ -120,7 +134,6 @@ void BlockRunner::reset_threads() {
         thread.index = {x, y, z};
         thread.rank = unsigned(rank);
         thread.state = State::kNotStarted;
-        thread.stack = nullptr;
         ready_.insert(rank);
       }
     }
@@ -133,20 +146,28 @@ void BlockRunner::reset_threads() {
 
 void BlockRunner::fill_shared_memory() {
   const size_t bytes = launch_->shared_bytes;
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(shared_storage_.data(), shared_storage_.size());
+#endif
   shared_storage_.resize(kSharedAlignment + bytes + kGuardBytes);
   const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
   view_.shared = shared_storage_.data() + (kSharedAlignment - address % kSharedAlignment) %
                                               kSharedAlignment;
   std::memset(view_.shared, kUndefined, bytes);
   std::memset(view_.shared + bytes, kGuard, kGuardBytes);
+#ifdef __SANITIZE_ADDRESS__
+  __asan_poison_memory_region(view_.shared + bytes, kGuardBytes);
+#endif
 }
 
 void BlockRunner::check_shared_memory_guard() {
+#ifdef __SANITIZE_ADDRESS__
+  return;  // it would have said so
+#endif
   const unsigned char* guard = view_.shared + launch_->shared_bytes;
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (guard[i] == kGuard) continue;
-    error_ = kernel_name(launch_->kernel) + ": block " + text_of(view_.index) +
-             ": wrote byte " + std::to_string(launch_->shared_bytes + i) +
+    error_ = ": wrote byte " + std::to_string(launch_->shared_bytes + i) +
              " of its shared memory, which has " + std::to_string(launch_->shared_bytes);
     return;
   }
@@ -154,45 +175,36 @@ void BlockRunner::check_shared_memory_guard() {
 
 // ---- fibers ----
 
-void BlockRunner::enter(Thread& next, void** save) {
+void BlockRunner::switch_to(Thread& next, Context& from, bool has_ended) {
   if (next.state == State::kNotStarted) {
-    if (free_stacks_.empty()) {
-      stacks_.reserve(kMaxThreads);  // threads point into it
-      stacks_.push_back(std::make_unique<Stack>(int(stacks_.size())));
-      free_stacks_.push_back(&stacks_.back());
-    }
-    next.stack = free_stacks_.back();
-    free_stacks_.pop_back();
-    next.stack_pointer = (*next.stack)->prepare(fiber_main);
+    next.stack = stacks_.take();
+    next.context.prepare(stacks_, next.stack, fiber_main);
   }
   next.state = State::kReady;
   current_thread = &next;
-  fused_emulator_switch_stack(save, next.stack_pointer);
+  from.switch_to(next.context, has_ended);
 }
 
 void BlockRunner::fiber_main() {
+  Context::arrive();
   BlockRunner& runner = *current_runner;
   for (;;) {
     runner.launch_->run_thread(*runner.launch_);
     runner.exit_current_thread();
     Thread& done = runner.current();
-    void* abandoned;
-    if (runner.num_exited_ == runner.num_threads_) {
-      fused_emulator_switch_stack(&abandoned, runner.scheduler_stack_pointer_);
-    }
+    if (runner.num_exited_ == runner.num_threads_) done.context.switch_to(runner.scheduler_, true);
     const int next = runner.ready_.take();
     if (next < 0) runner.fail_in_deadlock();
     Thread& thread = runner.threads_[next];
     if (thread.state == State::kNotStarted) {
       // A thread that never waited leaves a warm stack for the next one to start on.
       thread.stack = done.stack;
+      thread.context = done.context;
       thread.state = State::kReady;
-      done.stack = nullptr;
       current_thread = &thread;
     } else {
-      runner.free_stacks_.push_back(done.stack);
-      done.stack = nullptr;
-      runner.enter(thread, &abandoned);
+      runner.stacks_.give_back(done.stack);
+      runner.switch_to(thread, done.context, true);
     }
   }
 }
@@ -201,7 +213,7 @@ void BlockRunner::suspend() {
   Thread& self = current();
   const int next = ready_.take();
   if (next < 0) fail_in_deadlock();
-  enter(threads_[next], &self.stack_pointer);
+  switch_to(threads_[next], self.context, false);
 }
 
 void BlockRunner::exit_current_thread() {
@@ -220,8 +232,8 @@ BarrierResult BlockRunner::barrier(bool predicate, Site site) {
     const Thread& other = threads_[i];
     if (other.state != State::kAtBarrier) continue;
     if (other.site.line != site.line || std::strcmp(other.site.file, site.file) != 0) {
-      fail("__syncthreads at %s, while %s waits at the one at %s", text_of(site).c_str(),
-           name_of(other).c_str(), text_of(other.site).c_str());
+      fail("__syncthreads at %s, while thread %s waits at the one at %s", text_of(site).chars,
+           text_of(other.index).chars, text_of(other.site).chars);
     }
     break;  // the others were compared with this one when they came
   }
@@ -255,12 +267,12 @@ void BlockRunner::collective(const char* name, unsigned mask, void* record, Comb
   self.record = record;
   self.combine = combine;
   if (!(mask >> lane & 1)) {
-    fail("%s at %s: mask %08x does not name the calling lane %u", name, text_of(site).c_str(),
+    fail("%s at %s: mask %08x does not name the calling lane %u", name, text_of(site).chars,
          mask, lane);
   }
   if (mask & warp.exited) {
     fail("%s at %s: mask %08x names lane %d, which has exited or is not part of the block", name,
-         text_of(site).c_str(), mask, __builtin_ctz(mask & warp.exited));
+         text_of(site).chars, mask, __builtin_ctz(mask & warp.exited));
   }
   warp.waiting |= 1u << lane;
   if ((warp.waiting & mask) == mask) {
@@ -280,15 +292,15 @@ void BlockRunner::complete_collective(Warp& warp, const Thread& self) {
     if (other.mask != self.mask || other.combine != self.combine ||
         other.collective != self.collective) {
       fail("%s at %s with mask %08x, while lane %d waits in %s at %s with mask %08x",
-           self.collective, text_of(self.site).c_str(), self.mask, lane, other.collective,
-           text_of(other.site).c_str(), other.mask);
+           self.collective, text_of(self.site).chars, self.mask, lane, other.collective,
+           text_of(other.site).chars, other.mask);
     }
     records[lane] = other.record;
   }
   if (self.combine) {
     const char* wrong = self.combine(records, self.mask);
     if (wrong) {
-      fail("%s at %s with mask %08x: %s", self.collective, text_of(self.site).c_str(), self.mask,
+      fail("%s at %s with mask %08x: %s", self.collective, text_of(self.site).chars, self.mask,
            wrong);
     }
   }
@@ -303,15 +315,11 @@ void BlockRunner::complete_collective(Warp& warp, const Thread& self) {
 
 // ---- errors ----
 
-std::string BlockRunner::name_of(const Thread& thread) const {
-  return "thread " + text_of(thread.index);
-}
-
-void BlockRunner::fail_in_current_thread(const std::string& what) {
-  error_ = kernel_name(launch_->kernel) + ": block " + text_of(view_.index) + ", " +
-           name_of(current()) + ": " + what;
-  void* abandoned;
-  fused_emulator_switch_stack(&abandoned, scheduler_stack_pointer_);
+void BlockRunner::fail_in_current_thread(const char* what) {
+  char text[1280];
+  std::snprintf(text, sizeof text, ", thread %s: %s", text_of(current().index).chars, what);
+  error_ = text;
+  current().context.switch_to(scheduler_, true);
   __builtin_unreachable();
 }
 
@@ -340,15 +348,14 @@ void BlockRunner::fail_in_deadlock() {
     }
   }
   current_thread = waiting;
-  const std::string where = text_of(waiting->site);
-  const std::string what =
-      waiting->state == State::kAtBarrier ? "__syncthreads" : waiting->collective;
+  const Text where = text_of(waiting->site);
+  const char* what = waiting->state == State::kAtBarrier ? "__syncthreads" : waiting->collective;
   if (elsewhere->state == State::kExited) {
-    fail("%s at %s waits for %s, which has exited", what.c_str(), where.c_str(),
-         name_of(*elsewhere).c_str());
+    fail("%s at %s waits for thread %s, which has exited", what, where.chars,
+         text_of(elsewhere->index).chars);
   }
-  fail("%s at %s waits for %s, which waits at %s", what.c_str(), where.c_str(),
-       name_of(*elsewhere).c_str(), text_of(elsewhere->site).c_str());
+  fail("%s at %s waits for thread %s, which waits at %s", what, where.chars,
+       text_of(elsewhere->index).chars, text_of(elsewhere->site).chars);
 }
 
 // ---- what kernels call ----

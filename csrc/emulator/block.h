@@ -3,7 +3,6 @@
 #pragma once
 
 #include <array>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -43,16 +42,16 @@ class BlockRunner {
   // Called on the fibers of the running block.
   BarrierResult barrier(bool predicate, Site site);
   void collective(const char* name, unsigned mask, void* record, Combine combine, Site site);
-  [[noreturn]] void fail_in_current_thread(const std::string& what);
+  [[noreturn]] void fail_in_current_thread(const char* what);
 
  private:
   enum class State : unsigned char { kNotStarted, kReady, kAtBarrier, kAtCollective, kExited };
 
   struct Thread : ThreadView {
     State state;
-    std::unique_ptr<Stack> const* stack;  // in stacks_; null before it starts and after it exits
-    void* stack_pointer;                  // where it was suspended
-    Site site;                            // what it waits at
+    int stack;  // while it runs or waits
+    Context context;
+    Site site;  // what it waits at
     const char* collective;
     unsigned mask;
     void* record;
@@ -67,12 +66,11 @@ class BlockRunner {
   void fill_shared_memory();
   void check_shared_memory_guard();
   void suspend();
-  void enter(Thread& next, void** save);
+  void switch_to(Thread& next, Context& from, bool has_ended);
   void exit_current_thread();
   void complete_collective(Warp& warp, const Thread& self);
   [[noreturn]] void fail_in_deadlock();
   Thread& current() { return threads_[current_thread->rank]; }
-  std::string name_of(const Thread& thread) const;
 
   const Launch* launch_ = nullptr;
   Settings settings_;
@@ -82,11 +80,10 @@ class BlockRunner {
   ReadySet ready_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
-  std::vector<std::unique_ptr<Stack>> stacks_;
-  std::vector<std::unique_ptr<Stack> const*> free_stacks_;
-  void* scheduler_stack_pointer_ = nullptr;
+  Stacks stacks_;
+  Context scheduler_;
   std::vector<unsigned char> shared_storage_;
-  std::string error_;
+  std::string error_;  // without the kernel and the block, which run() adds
 };
 
 }  // namespace fused::emulator

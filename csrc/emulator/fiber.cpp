@@ -3,27 +3,40 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <cstdint>
 #include <cstring>
 #include <new>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 namespace fused::emulator {
 namespace {
 
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr size_t kStagger = 192;  // three cache lines: 21 places within a page
-constexpr size_t kPlaces = 21;
+// Where stacks begin is staggered within a page: with every top at the same offset, the hot frames
+// of a warp would compete for one set of the first-level cache.
+constexpr size_t kStagger = 192, kPlaces = 21;
 
 size_t page_bytes() {
   static const size_t bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return bytes;
 }
 
+size_t slot_bytes() { return kStackBytes + 2 * page_bytes(); }  // guard, stack, staggered part
+
 }  // namespace
 
+// Saves the callee-saved registers on the running stack, the stack pointer in *save, and goes on
+// where load was saved.
+//
 // Written out for the two processors that the package runs on, rather than taken from Boost: a user
 // who runs the tests has a compiler and Python. swapcontext would be portable, and makes two system
 // calls at every switch.
+extern "C" void fused_emulator_switch_stack(void** save, void* load)
+    __attribute__((visibility("hidden")));
+
 #if defined(__x86_64__)
 constexpr size_t kSavedWords = 6;
 asm(R"(
@@ -50,6 +63,7 @@ fused_emulator_switch_stack:
   .size fused_emulator_switch_stack, . - fused_emulator_switch_stack
 )");
 #elif defined(__aarch64__)
+constexpr size_t kSavedWords = 20, kLinkRegister = 11;
 asm(R"(
   .text
   .hidden fused_emulator_switch_stack
@@ -88,24 +102,54 @@ fused_emulator_switch_stack:
 #error "the emulator switches stacks on x86-64 and aarch64 only"
 #endif
 
-Stack::Stack(int slot) {
-  const size_t bytes = kStackBytes + 2 * page_bytes();  // the guard, and the staggered part
-  void* mapping = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (mapping == MAP_FAILED || mprotect(mapping, page_bytes(), PROT_NONE) != 0) {
-    throw std::bad_alloc();
-  }
-  mapping_ = static_cast<unsigned char*>(mapping);
-  top_ = mapping_ + bytes - (static_cast<size_t>(slot) % kPlaces) * kStagger;
+// ---- Stacks ----
+
+Stacks::Stacks(int capacity) : capacity_(capacity) {
+  size_ = static_cast<size_t>(capacity) * slot_bytes();
+  void* mapping = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  begin_ = reinterpret_cast<uintptr_t>(mapping);
 }
 
-Stack::~Stack() { munmap(mapping_, kStackBytes + 2 * page_bytes()); }
+Stacks::~Stacks() { munmap(reinterpret_cast<void*>(begin_), size_); }
 
-unsigned char* Stack::base() const { return mapping_ + page_bytes(); }
-size_t Stack::size() const { return static_cast<size_t>(top_ - base()); }
+int Stacks::take() {
+  if (!free_.empty()) {
+    const int stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  if (num_opened_ == capacity_ ||
+      mprotect(bottom(num_opened_), kStackBytes + page_bytes(), PROT_READ | PROT_WRITE) != 0) {
+    throw std::bad_alloc();
+  }
+  return num_opened_++;
+}
 
-void* Stack::prepare(void (*entry)()) const {
-  auto* words = reinterpret_cast<uintptr_t*>(top_);
+void Stacks::take_back_all() {
+  free_.clear();
+  for (int stack = num_opened_ - 1; stack >= 0; --stack) free_.push_back(stack);
+}
+
+unsigned char* Stacks::bottom(int stack) const {
+  return reinterpret_cast<unsigned char*>(begin_ + static_cast<size_t>(stack) * slot_bytes() +
+                                          page_bytes());
+}
+
+unsigned char* Stacks::top(int stack) const {
+  return bottom(stack) + kStackBytes + page_bytes() - static_cast<size_t>(stack) % kPlaces * kStagger;
+}
+
+// ---- Context ----
+
+void Context::prepare(const Stacks& stacks, int stack, void (*entry)()) {
+  bottom_ = stacks.bottom(stack);
+  size_ = static_cast<size_t>(stacks.top(stack) - stacks.bottom(stack));
+  auto* words = reinterpret_cast<uintptr_t*>(stacks.top(stack));
+#ifdef __SANITIZE_ADDRESS__
+  __asan_unpoison_memory_region(bottom_, size_);  // of what an abandoned launch left there
+  fake_stack_ = nullptr;
+#endif
 #if defined(__x86_64__)
   // As if entry had been called: a return address of zero, where a debugger's backtrace ends, and a
   // stack pointer eight bytes off a multiple of sixteen.
@@ -113,11 +157,41 @@ void* Stack::prepare(void (*entry)()) const {
   std::memset(words, 0, (kSavedWords + 2) * sizeof *words);
   words[kSavedWords] = reinterpret_cast<uintptr_t>(entry);
 #else
-  words -= 20;
-  std::memset(words, 0, 20 * sizeof *words);
-  words[11] = reinterpret_cast<uintptr_t>(entry);  // x30
+  words -= kSavedWords;
+  std::memset(words, 0, kSavedWords * sizeof *words);
+  words[kLinkRegister] = reinterpret_cast<uintptr_t>(entry);
 #endif
-  return words;
+  stack_pointer_ = words;
 }
+
+#ifndef __SANITIZE_ADDRESS__
+
+void Context::switch_to(Context& next, bool) {
+  fused_emulator_switch_stack(&stack_pointer_, next.stack_pointer_);
+}
+
+void Context::arrive() {}
+
+#else
+
+namespace {
+thread_local Context* left = nullptr;  // the context that the last switch came from
+thread_local Context* reached = nullptr;
+}  // namespace
+
+void Context::switch_to(Context& next, bool has_ended) {
+  left = this;
+  reached = &next;
+  __sanitizer_start_switch_fiber(has_ended ? nullptr : &fake_stack_, next.bottom_, next.size_);
+  fused_emulator_switch_stack(&stack_pointer_, next.stack_pointer_);
+  arrive();
+}
+
+void Context::arrive() {
+  // Tells where the stack is that we left, which nobody knows of the scheduler's.
+  __sanitizer_finish_switch_fiber(reached->fake_stack_, &left->bottom_, &left->size_);
+}
+
+#endif
 
 }  // namespace fused::emulator

@@ -2,34 +2,55 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <vector>
 
 namespace fused::emulator {
 
-// A stack with a guard page below it. Pages are touched, and paid for, only as deep as a kernel
-// goes; room is ample because sanitizers and -O0 make frames many times larger.
-class Stack {
+// The stacks of the threads of one block, in one reservation, each with a guard page below it.
+// Pages are touched, and paid for, only as deep as a kernel goes; room is ample because sanitizers
+// and -O0 make frames many times larger.
+class Stacks {
  public:
-  // slot staggers where stacks begin: with every top at the same offset in its page, the hot frames
-  // of a warp would compete for one set of the first-level cache.
-  explicit Stack(int slot);
-  ~Stack();
-  Stack(const Stack&) = delete;
-  Stack& operator=(const Stack&) = delete;
+  explicit Stacks(int capacity);
+  ~Stacks();
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
 
-  // A stack pointer to hand to switch_stack, which then calls entry. entry must not return.
-  void* prepare(void (*entry)()) const;
+  int take();
+  void give_back(int stack) { free_.push_back(stack); }
+  void take_back_all();
+  bool contains(uintptr_t address) const { return address - begin_ < size_; }
 
-  unsigned char* base() const;  // lowest usable byte
-  size_t size() const;          // usable bytes from there
+  unsigned char* bottom(int stack) const;
+  unsigned char* top(int stack) const;
 
  private:
-  unsigned char* mapping_;
-  unsigned char* top_;
+  const int capacity_;
+  uintptr_t begin_ = 0, size_ = 0;
+  int num_opened_ = 0;
+  std::vector<int> free_;
 };
 
-// Saves the running context's callee-saved registers on its stack, its stack pointer in *save, and
-// goes on where load was saved. (Rounding mode and x87 state are shared by all.)
-extern "C" void fused_emulator_switch_stack(void** save, void* load)
-    __attribute__((visibility("hidden")));
+// A place where execution can go on: the scheduler's, or a fiber's.
+class Context {
+ public:
+  // Starts anew: the next switch to it calls entry, which must not return, on this stack.
+  void prepare(const Stacks& stacks, int stack, void (*entry)());
+
+  // What runs now is saved in this and goes on when somebody switches back; or, when it has ended,
+  // never. (Rounding mode and x87 state are shared by all contexts.)
+  void switch_to(Context& next, bool has_ended = false);
+
+  // The first thing that entry calls.
+  static void arrive();
+
+ private:
+  void* stack_pointer_ = nullptr;
+  // For AddressSanitizer alone, which must be told where the stack is.
+  void* fake_stack_ = nullptr;
+  const void* bottom_ = nullptr;
+  size_t size_ = 0;
+};
 
 }  // namespace fused::emulator
