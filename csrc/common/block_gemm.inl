@@ -21,14 +21,29 @@ static inline int64_t padded(int64_t columns) {
   return (columns + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
+// Where the elements of an operand lie along one of its axes: evenly spaced, or anywhere.
+struct Spaced {
+  int64_t stride, first = 0;
+  int64_t operator[](int64_t i) const { return first + i * stride; }
+  Spaced from(int64_t i) const { return {stride, first + i * stride}; }
+};
+struct Listed {
+  const int64_t* offsets;
+  int64_t operator[](int64_t i) const { return offsets[i]; }
+  Listed from(int64_t i) const { return {offsets + i}; }
+};
+
 // C[kRows, kVectors * lanes] (+)= A[kRows, k] B[k, kVectors * lanes], C held in registers.
-// A's elements lie at a[row * row_stride_a + k * k_stride_a].
-template <typename A, int kRows, int kVectors>
-static inline void gemm_tile(int64_t k, const A* a, int64_t row_stride_a, int64_t k_stride_a,
-                             const A* b, int64_t ldb, A* c, int64_t ldc, bool accumulate) {
+// A's elements lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]].
+template <typename A, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB>
+static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a, const A* b,
+                             StepsB steps_b, A* c, int64_t ldc, bool accumulate) {
   using Vector = typename VectorOf<A>::type;
   using Unaligned = typename VectorOf<A>::unaligned_type;
   Vector sum[kRows][kVectors];
+  const A* row_of_a[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) row_of_a[r] = a + rows_a[r];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
@@ -41,11 +56,11 @@ static inline void gemm_tile(int64_t k, const A* a, int64_t row_stride_a, int64_
     Vector row_of_b[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + i * ldb + v * kLanes<A>);
+      row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + steps_b[i] + v * kLanes<A>);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const A element = a[r * row_stride_a + i * k_stride_a];
+      const A element = row_of_a[r][steps_a[i]];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] += element * row_of_b[v];
     }
@@ -60,17 +75,17 @@ static inline void gemm_tile(int64_t k, const A* a, int64_t row_stride_a, int64_
 }
 
 // All rows of one stripe of kVectors columns of vectors.
-template <typename A, int kVectors>
-static inline void gemm_stripe(int64_t m, int64_t k, const A* a, int64_t row_stride_a,
-                               int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
-                               bool accumulate) {
+template <typename A, int kVectors, typename RowsA, typename StepsA, typename StepsB>
+static inline void gemm_stripe(int64_t m, int64_t k, const A* a, RowsA rows_a, StepsA steps_a,
+                               const A* b, StepsB steps_b, A* c, int64_t ldc, bool accumulate) {
   // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A.
   constexpr int kRows = FUSED_VECTOR_BYTES == 64 ? 8 : 4;
   int64_t row = 0;
   const auto tile = [&](auto rows) {
     constexpr int kTileRows = decltype(rows)::value;
-    gemm_tile<A, kTileRows, kVectors>(k, a + row * row_stride_a, row_stride_a, k_stride_a, b, ldb,
-                                      c + row * ldc, ldc, accumulate);
+    gemm_tile<A, kTileRows, kVectors>(k, a, rows_a, steps_a, b, steps_b, c + row * ldc, ldc,
+                                      accumulate);
+    rows_a = rows_a.from(kTileRows);
     row += kTileRows;
   };
   while (m - row >= kRows) tile(std::integral_constant<int, kRows>{});
@@ -80,23 +95,30 @@ static inline void gemm_stripe(int64_t m, int64_t k, const A* a, int64_t row_str
 }
 
 // C[m, n] (+)= A[m, k] B[k, n]. B and C are read and written in whole vectors: their rows must be
-// padded<A>(n) long, and what B holds there must be finite or ignored by the caller. A may be
-// transposed: its elements lie at a[row * row_stride_a + k * k_stride_a].
+// padded<A>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
+// lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]].
+template <typename A, typename RowsA, typename StepsA, typename StepsB>
+static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const A* a, RowsA rows_a,
+                                      StepsA steps_a, const A* b, StepsB steps_b, A* c, int64_t ldc,
+                                      bool accumulate) {
+  constexpr int64_t kStripe = 3 * kLanes<A>;
+  int64_t column = 0;
+  for (; n - column > 2 * kLanes<A>; column += kStripe) {
+    gemm_stripe<A, 3>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+  }
+  if (n - column > kLanes<A>) {
+    gemm_stripe<A, 2>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+  } else if (n > column) {
+    gemm_stripe<A, 1>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+  }
+}
+
+// The same for evenly spaced operands: A may be transposed, its elements lie at
+// a[row * row_stride_a + k * k_stride_a].
 template <typename A>
 static inline void block_gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t row_stride_a,
                               int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
                               bool accumulate) {
-  constexpr int64_t kStripe = 3 * kLanes<A>;
-  int64_t column = 0;
-  for (; n - column > 2 * kLanes<A>; column += kStripe) {
-    gemm_stripe<A, 3>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
-                      accumulate);
-  }
-  if (n - column > kLanes<A>) {
-    gemm_stripe<A, 2>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
-                      accumulate);
-  } else if (n > column) {
-    gemm_stripe<A, 1>(m, k, a, row_stride_a, k_stride_a, b + column, ldb, c + column, ldc,
-                      accumulate);
-  }
+  indexed_block_gemm<A>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
+                        ldc, accumulate);
 }
