@@ -1,0 +1,88 @@
+// Scaled dot-product attention: what the kernels compute, and everything they read or write.
+//
+//   s[i, j] = scale * q[i] . k[j] + mask[i, j]        -inf where the mask or causality hides j
+//   p[i, j] = exp(s[i, j] - lse[i]),  lse[i] = log(sum_j exp(s[i, j]))
+//   out[i]  = sum_j keep[i, j] * p[i, j] * v[j]        keep = 0 or 1 / (1 - dropout_p)
+//
+// A row i that sees no key has lse = -inf, out = 0 and gives no gradient. NaN and infinities in the
+// inputs go where this maths takes them.
+//
+// B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a multiple
+// of G), D = head_dim of q and k, Dv = head_dim of v.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/status.h"
+
+namespace fused {
+
+constexpr int32_t kMaxHeadDim = 512;
+
+// In elements; the last dimension is contiguous.
+struct HeadStrides {
+  int64_t batch, head, row;
+};
+
+enum class MaskKind : int8_t { kNone, kBool, kAdditive };
+
+// A mask of shape [B, H, S, T] in which broadcast dimensions have stride 0.
+struct AttentionMask {
+  const void* data;
+  int64_t batch_stride, head_stride, row_stride, column_stride;
+  MaskKind kind;
+  DType dtype;  // of an additive mask
+};
+
+// What the forward and the backward pass share.
+struct AttentionProblem {
+  const void* q;  // [B, H, S, D]
+  const void* k;  // [B, G, T, D]
+  const void* v;  // [B, G, T, Dv]
+  HeadStrides q_strides, k_strides, v_strides;
+  AttentionMask mask;
+  const int64_t* maybe_rng;  // [2]: seed and offset of the dropout mask, on the tensors' device
+  int32_t batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  uint32_t drop_threshold;  // an element is dropped where its 32 random bits are below this
+  double scale;             // multiplies q . k
+  double keep_scale;        // 1 / (1 - dropout_p), 0 where everything is dropped
+  bool causal;              // row i sees the keys 0 .. i, as torch aligns it
+  DType dtype;
+};
+
+struct AttentionForwardParams : AttentionProblem {
+  void* out;  // [B, H, S, Dv]
+  void* lse;  // [B, H, S] contiguous, float (double for double)
+  HeadStrides out_strides;
+};
+
+struct AttentionBackwardParams : AttentionProblem {
+  const void* out;       // [B, H, S, Dv], as the forward pass left it
+  const void* grad_out;  // [B, H, S, Dv]
+  const void* lse;       // [B, H, S] contiguous, float (double for double)
+  const void* maybe_grad_lse;  // [B, H, S] contiguous, like lse
+  void* delta;   // [B, H, S] contiguous, like lse: scratch, sum(grad_out * out) - grad_lse
+  void* grad_q;  // [B, H, S, D]
+  void* grad_k;  // [B, G, T, D]
+  void* grad_v;  // [B, G, T, Dv]
+  HeadStrides out_strides, grad_out_strides, grad_q_strides, grad_k_strides, grad_v_strides;
+};
+
+static_assert(std::is_trivially_copyable_v<AttentionBackwardParams>);
+static_assert(sizeof(AttentionBackwardParams) <= 1024, "kernel arguments hold at most 4 KB");
+
+// Why no kernel can run this problem, or nullptr. Every launcher runs what passes here.
+inline const char* attention_unsupported(const AttentionProblem& problem) {
+  if (problem.head_dim > kMaxHeadDim) return "no kernel for head_dim above 512";
+  if (problem.head_dim_v > kMaxHeadDim) return "no kernel for a value head_dim above 512";
+  return nullptr;
+}
+
+Status attention_forward_cpu(const AttentionForwardParams& params);
+Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream);
+Status attention_backward_cpu(const AttentionBackwardParams& params);
+Status attention_backward_cuda(const AttentionBackwardParams& params, Stream stream);
+
+}  // namespace fused

@@ -1,0 +1,162 @@
+// Attention backward, without atomics and without a score matrix in memory: the probabilities are
+// recomputed tile by tile from the saved log-sum-exp, as in FlashAttention (arXiv:2205.14135,
+// algorithm 4), once for the gradient of each operand, so that every sum has one owner and one order.
+//
+//   p      = exp(s - lse),  dp = keep * (grad_out . v),  ds = p * (dp - delta)
+//   grad_q = scale * ds k,  grad_k = scale * ds^T q,  grad_v = (keep * p)^T grad_out
+//   delta  = sum(grad_out * out) - grad_lse, for each row
+//
+// A block computes kOwn rows by kWidth columns of one head's gradient. Who holds what:
+// attention_tile.cuh.
+#include "attention/attention_score.h"
+#include "attention/attention_tile.cuh"
+
+namespace fused {
+namespace {
+
+enum class Gradient { kQuery, kKey, kValue };
+
+// One warp for each row of out.
+template <typename T>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_delta_kernel(const AttentionBackwardParams p) {
+  using A = Accumulator<T>;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kAttentionThreads / kWarpSize) +
+                        threadIdx.x / kWarpSize;
+  const int lane = threadIdx.x % kWarpSize;
+  if (index >= static_cast<int64_t>(p.batch) * p.num_heads * p.seqlen_q) return;
+  const int64_t row = index % p.seqlen_q, head = index / p.seqlen_q % p.num_heads,
+                batch = index / p.seqlen_q / p.num_heads;
+  const auto row_of = [&](const void* data, const HeadStrides& strides) {
+    return static_cast<const T*>(data) + batch * strides.batch + head * strides.head +
+           row * strides.row;
+  };
+  const T* out = row_of(p.out, p.out_strides);
+  const T* grad_out = row_of(p.grad_out, p.grad_out_strides);
+  A sum = 0;
+  for (int32_t d = lane; d < p.head_dim_v; d += kWarpSize) sum += load(out[d]) * load(grad_out[d]);
+  sum = warp_sum(sum);
+  if (lane == 0) {
+    const A* maybe_grad_lse = static_cast<const A*>(p.maybe_grad_lse);
+    static_cast<A*>(p.delta)[index] = maybe_grad_lse ? sum - maybe_grad_lse[index] : sum;
+  }
+}
+
+template <Gradient kGradient, typename T>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_kernel(const AttentionBackwardParams p) {
+  using A = Accumulator<T>;
+  constexpr bool kOwnsQueries = kGradient == Gradient::kQuery;
+  AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
+  const int32_t columns = kGradient == Gradient::kValue ? p.head_dim_v : p.head_dim;
+  const BlockPlace place = kOwnsQueries ? block_place(p.num_heads, p.seqlen_q, columns)
+                                        : block_place(p.num_heads_kv, p.seqlen_k, columns);
+  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t head_kv = kOwnsQueries ? place.head / group : place.head;
+  const auto k = head_matrix<T>(p.k, p.k_strides, place.batch, head_kv, p.seqlen_k, p.head_dim);
+  const auto v = head_matrix<T>(p.v, p.v_strides, place.batch, head_kv, p.seqlen_k, p.head_dim_v);
+  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
+
+  A result[kRowsPerThread][kValuesPerThread] = {};
+  // A key's gradient sums over all query heads that share it.
+  const int32_t head_begin = kOwnsQueries ? place.head : place.head * group;
+  const int32_t head_end = kOwnsQueries ? place.head + 1 : head_begin + group;
+  for (int32_t head = head_begin; head < head_end; ++head) {
+    const auto q = head_matrix<T>(p.q, p.q_strides, place.batch, head, p.seqlen_q, p.head_dim);
+    const auto grad_out = head_matrix<T>(p.grad_out, p.grad_out_strides, place.batch, head,
+                                         p.seqlen_q, p.head_dim_v);
+    const int64_t row_base = (static_cast<int64_t>(place.batch) * p.num_heads + head) * p.seqlen_q;
+    const A* lse = static_cast<const A*>(p.lse) + row_base;
+    const A* delta = static_cast<const A*>(p.delta) + row_base;
+
+    const int32_t last_own = min(place.own_row + kOwn, p.seqlen_q) - 1;
+    const int32_t begin = kOwnsQueries ? 0 : first_row_seeing(p, place.own_row) / kOther * kOther;
+    const int32_t end = kOwnsQueries ? visible_keys(p, last_own) : p.seqlen_q;
+    for (int32_t other_row = begin; other_row < end; other_row += kOther) {
+      A scores[kRowsPerThread][kColumnsPerThread], dots[kRowsPerThread][kColumnsPerThread];
+      if (kOwnsQueries) {
+        pair_products(tiles, q, place.own_row, k, other_row, scores);
+        pair_products(tiles, grad_out, place.own_row, v, other_row, dots);
+      } else {
+        pair_products(tiles, k, place.own_row, q, other_row, scores);
+        if (kGradient == Gradient::kKey) {
+          pair_products(tiles, v, place.own_row, grad_out, other_row, dots);
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumnsPerThread; ++c) {
+          const int32_t own = place.own_row + thread_row + r;
+          const int32_t other = other_row + thread_column + 16 * c;
+          const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
+          A weight = 0;
+          if (row < p.seqlen_q && column < p.seqlen_k) {
+            const A score = masked_score(p, place.batch, head, row, column, scores[r][c]);
+            if (score != -INFINITY) {  // hidden keys get no gradient, not even a NaN
+              const A probability = exp(score - lse[row]);
+              const A keep = p.maybe_rng == nullptr
+                                 ? A(1)
+                                 : dropout_scale<A>(p, place.batch, head, row, column);
+              weight = kGradient == Gradient::kValue
+                           ? keep * probability
+                           : probability * (keep * dots[r][c] - delta[row]);
+            }
+          }
+          tiles.weights[thread_row + r][thread_column + 16 * c] = weight;
+        }
+      }
+      const auto& values = kGradient == Gradient::kQuery ? k
+                           : kGradient == Gradient::kKey ? q
+                                                         : grad_out;
+      accumulate(tiles, values, other_row, place.column, result);
+    }
+  }
+
+  A row_scale[kRowsPerThread];
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    row_scale[r] = kGradient == Gradient::kValue ? A(1) : static_cast<A>(p.scale);
+  }
+  if (kGradient == Gradient::kQuery) {
+    store_result<T>(p.grad_q, p.grad_q_strides, place.batch, place.head, place.own_row, p.seqlen_q,
+                    place.column, columns, result, row_scale);
+  } else if (kGradient == Gradient::kKey) {
+    store_result<T>(p.grad_k, p.grad_k_strides, place.batch, place.head, place.own_row, p.seqlen_k,
+                    place.column, columns, result, row_scale);
+  } else {
+    store_result<T>(p.grad_v, p.grad_v_strides, place.batch, place.head, place.own_row, p.seqlen_k,
+                    place.column, columns, result, row_scale);
+  }
+}
+
+template <Gradient kGradient, typename T>
+Status launch_gradient(const AttentionBackwardParams& p, Stream stream) {
+  const bool owns_queries = kGradient == Gradient::kQuery;
+  const int64_t blocks = num_blocks(p.batch, owns_queries ? p.num_heads : p.num_heads_kv,
+                                    owns_queries ? p.seqlen_q : p.seqlen_k,
+                                    kGradient == Gradient::kValue ? p.head_dim_v : p.head_dim);
+  if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
+  return launch(attention_backward_kernel<kGradient, T>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kAttentionThreads), sizeof(AttentionTiles<Accumulator<T>>), stream, p);
+}
+
+}  // namespace
+
+Status attention_backward_cuda(const AttentionBackwardParams& params, Stream stream) {
+  return visit_dtype(params.dtype, [&](auto element) -> Status {
+    using T = decltype(element);
+    constexpr int kRowsPerBlock = kAttentionThreads / kWarpSize;
+    const int64_t rows = static_cast<int64_t>(params.batch) * params.num_heads * params.seqlen_q;
+    const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
+    if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
+    Status status = launch(attention_backward_delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+                           dim3(kAttentionThreads), 0, stream, params);
+    if (status == nullptr) status = launch_gradient<Gradient::kQuery, T>(params, stream);
+    if (status == nullptr) status = launch_gradient<Gradient::kKey, T>(params, stream);
+    if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(params, stream);
+    return status;
+  });
+}
+
+}  // namespace fused

@@ -1,0 +1,177 @@
+// The two tile products that all attention kernels are made of, on the portable FMA units.
+//
+// A block of 256 threads owns kOwn rows of one operand ("own") and walks over the rows of another
+// ("other") in tiles of kOther. In the forward pass and for grad_q, own rows are queries and other
+// rows are keys; for grad_k and grad_v it is the other way round:
+//
+//   pair_products      sums[i][j]   = own[i] . other[j]                    (scores, grad_out . v)
+//   accumulate         result[i][:] += sum_j weights[i][j] * values[j][:]  (out, grad_q, ...)
+//
+// Thread t has the position (t / 16, t % 16): rows 4 * (t / 16) .. + 3 of the own tile, and of the
+// 16 positions along a row, columns p and p + 16 of the scores, 4 * p .. + 3 of the result. A warp
+// so holds 8 whole rows of both, and what passes between the two products by way of shared memory
+// stays within the warp.
+#pragma once
+
+#include "attention/attention.h"
+#include "common/launch.h"
+#include "common/vector_load.cuh"
+#include "common/warp.cuh"
+
+namespace fused {
+
+constexpr int kAttentionThreads = 256;
+constexpr int kOwn = 64;     // own rows of a block
+constexpr int kOther = 32;   // other rows of a tile: one for each lane in the softmax
+constexpr int kDepth = 32;   // elements of the head dim that pair_products stages at a time
+constexpr int kWidth = 64;   // columns of the result that a block computes
+constexpr int kPitch = kDepth + 1;  // odd, so that walking down a column meets all banks
+constexpr int kRowsPerThread = 4;
+constexpr int kColumnsPerThread = 2;
+constexpr int kValuesPerThread = 4;
+static_assert(kOther == kWarpSize && kDepth == kOther, "own and weights tiles have the same pitch");
+
+// One head of a [B, H, S, D] tensor.
+template <typename T>
+struct HeadMatrix {
+  const T* data;
+  int64_t row_stride;
+  int32_t rows, columns;
+};
+
+template <typename T>
+__device__ __forceinline__ HeadMatrix<T> head_matrix(const void* data, const HeadStrides& strides,
+                                                     int32_t batch, int32_t head, int32_t rows,
+                                                     int32_t columns) {
+  return {static_cast<const T*>(data) + batch * strides.batch + head * strides.head, strides.row,
+          rows, columns};
+}
+
+// The block's shared memory: 29 KB in float, 58 KB in double, which sm_75 can still give.
+template <typename A>
+struct AttentionTiles {
+  A own[kOwn][kPitch];
+  A other[kOther][kPitch];
+  A weights[kOwn][kPitch];
+  A values[kOther][kWidth];
+};
+
+// Stages rows [row, row + kRows) and columns [column, column + kColumns) of `matrix` in
+// tile[kRows][pitch]; zeros where the matrix ends.
+template <int kRows, int kColumns, typename T, typename A>
+__device__ __forceinline__ void load_tile(A* tile, int pitch, const HeadMatrix<T>& matrix,
+                                          int32_t row, int32_t column) {
+  constexpr int kSize = Pack<T>::kSize;
+  constexpr int kPacksPerRow = kColumns / kSize;
+  const bool aligned = is_pack_aligned(matrix.data, matrix.row_stride);
+  for (int i = threadIdx.x; i < kRows * kPacksPerRow; i += kAttentionThreads) {
+    const int tile_row = i / kPacksPerRow, tile_column = i % kPacksPerRow * kSize;
+    const int32_t inside =
+        row + tile_row < matrix.rows ? matrix.columns - column - tile_column : 0;
+    const T* source = matrix.data + (row + tile_row) * matrix.row_stride + column + tile_column;
+    const Pack<T> pack =
+        aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);
+#pragma unroll
+    for (int e = 0; e < kSize; ++e) {
+      tile[tile_row * pitch + tile_column + e] = load(pack.element[e]);
+    }
+  }
+}
+
+// sums[r][c] = own[own_row + 4 * (t / 16) + r] . other[other_row + t % 16 + 16 * c].
+template <typename T, typename A>
+__device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const HeadMatrix<T>& own,
+                                              int32_t own_row, const HeadMatrix<T>& other,
+                                              int32_t other_row,
+                                              A (&sums)[kRowsPerThread][kColumnsPerThread]) {
+  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) sums[r][c] = 0;
+  }
+  for (int32_t depth = 0; depth < own.columns; depth += kDepth) {
+    __syncthreads();  // everyone is done with the tiles of the step before
+    load_tile<kOwn, kDepth>(&tiles.own[0][0], kPitch, own, own_row, depth);
+    load_tile<kOther, kDepth>(&tiles.other[0][0], kPitch, other, other_row, depth);
+    __syncthreads();
+#pragma unroll 8
+    for (int d = 0; d < kDepth; ++d) {
+#pragma unroll
+      for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+        for (int c = 0; c < kColumnsPerThread; ++c) {
+          sums[r][c] += tiles.own[thread_row + r][d] * tiles.other[thread_column + 16 * c][d];
+        }
+      }
+    }
+  }
+}
+
+// result[r][e] += sum_j weights[4 * (t / 16) + r][j] * values[value_row + j][column + 4p + e].
+// Stages the values itself: pair_products has passed a barrier since they were last read.
+template <typename T, typename A>
+__device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const HeadMatrix<T>& values,
+                                           int32_t value_row, int32_t column,
+                                           A (&result)[kRowsPerThread][kValuesPerThread]) {
+  const int thread_row = threadIdx.x / 16 * kRowsPerThread;
+  const int thread_column = threadIdx.x % 16 * kValuesPerThread;
+  load_tile<kOther, kWidth>(&tiles.values[0][0], kWidth, values, value_row, column);
+  __syncthreads();  // also orders this warp's weights before their use
+#pragma unroll 4
+  for (int j = 0; j < kOther; ++j) {
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+      for (int e = 0; e < kValuesPerThread; ++e) {
+        result[r][e] += tiles.weights[thread_row + r][j] * tiles.values[j][thread_column + e];
+      }
+    }
+  }
+}
+
+// Writes the thread's part of the result, rows scaled by row_scale[r], where it lies inside.
+template <typename T, typename A>
+__device__ __forceinline__ void store_result(void* data, const HeadStrides& strides, int32_t batch,
+                                             int32_t head, int32_t own_row, int32_t rows,
+                                             int32_t column, int32_t columns,
+                                             const A (&result)[kRowsPerThread][kValuesPerThread],
+                                             const A (&row_scale)[kRowsPerThread]) {
+  T* matrix = static_cast<T*>(data) + batch * strides.batch + head * strides.head;
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    const int32_t row = own_row + threadIdx.x / 16 * kRowsPerThread + r;
+#pragma unroll
+    for (int e = 0; e < kValuesPerThread; ++e) {
+      const int32_t c = column + threadIdx.x % 16 * kValuesPerThread + e;
+      if (row < rows && c < columns) {
+        matrix[row * strides.row + c] = store<T>(result[r][e] * row_scale[r]);
+      }
+    }
+  }
+}
+
+// Where a block works. All blocks of a launch lie along x, which has room for 2^31 - 1 of them.
+struct BlockPlace {
+  int32_t batch, head, own_row, column;
+};
+
+inline int64_t num_blocks(int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
+  return batch * heads * ((columns + kWidth - 1) / kWidth) * ((rows + kOwn - 1) / kOwn);
+}
+
+__device__ __forceinline__ BlockPlace block_place(int32_t heads, int32_t rows, int32_t columns) {
+  const unsigned row_tiles = (rows + kOwn - 1) / kOwn;
+  const unsigned column_tiles = (columns + kWidth - 1) / kWidth;
+  unsigned index = blockIdx.x;
+  BlockPlace place;
+  place.own_row = static_cast<int32_t>(index % row_tiles) * kOwn;
+  index /= row_tiles;
+  place.column = static_cast<int32_t>(index % column_tiles) * kWidth;
+  index /= column_tiles;
+  place.head = static_cast<int32_t>(index % heads);
+  place.batch = static_cast<int32_t>(index / heads);
+  return place;
+}
+
+}  // namespace fused
