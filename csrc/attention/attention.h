@@ -75,6 +75,7 @@ static_assert(sizeof(AttentionBackwardParams) <= 1024, "kernel arguments hold at
 
 // Why no kernel can run this problem, or nullptr. Every launcher runs what passes here.
 inline const char* attention_unsupported(const AttentionProblem& problem) {
+  if (problem.head_dim < 1 || problem.head_dim_v < 1) return "no kernel for an empty head_dim";
   if (problem.head_dim > kMaxHeadDim) return "no kernel for head_dim above 512";
   if (problem.head_dim_v > kMaxHeadDim) return "no kernel for a value head_dim above 512";
   return nullptr;

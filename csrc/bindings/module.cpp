@@ -1,0 +1,36 @@
+// The Python module fused._C: a list of the functions, nothing else.
+#include <ATen/record_function.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <string>
+
+#include "attention/attention_ops.h"
+#include "common/isa.h"
+#if defined(FUSED_EMULATED)
+#include "emulator/bindings.h"
+#endif
+
+namespace {
+
+// Binds `function` so that it runs without the GIL and shows up in torch.profiler as fused::<name>.
+// The caller holds the arguments.
+template <typename Result, typename... Args>
+void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
+  m.def(name, [function, label = std::string("fused::") + name](Args... args) {
+    const pybind11::gil_scoped_release no_gil;
+    RECORD_FUNCTION(label, c10::ArrayRef<const c10::IValue>{});
+    return function(args...);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  bind(m, "attention_forward", &fused::attention_forward);
+  bind(m, "attention_backward", &fused::attention_backward);
+
+  m.def("isa", [] { return fused::isa_name(fused::current_isa()); });
+#if defined(FUSED_EMULATED)
+  fused::emulator::bind(m);
+#endif
+}
