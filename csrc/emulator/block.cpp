@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "emulator/races.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #endif
@@ -107,6 +109,7 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
   ready_.reset(settings.order, next_random(seed), num_threads_);
   reset_threads();
   fill_shared_memory();
+  races_begin_block(stacks_, launch.shared_bytes, block_rank);
 
   BlockRunner* const outer_runner = current_runner;
   const BlockView* const outer_block = current_block;
@@ -246,6 +249,7 @@ BarrierResult BlockRunner::barrier(bool predicate, Site site) {
     suspend();
     return barrier_result_;
   }
+  races_at_barrier();
   barrier_result_ = pending_barrier_;
   pending_barrier_ = {0, true, false};
   num_at_barrier_ = 0;
@@ -297,7 +301,9 @@ void BlockRunner::complete_collective(Warp& warp, const Thread& self) {
     }
     records[lane] = other.record;
   }
-  if (self.combine) {
+  if (!self.combine) {
+    races_at_warp_barrier(self.rank / kWarpSize, self.mask);
+  } else {
     const char* wrong = self.combine(records, self.mask);
     if (wrong) {
       fail("%s at %s with mask %08x: %s", self.collective, text_of(self.site).chars, self.mask,

@@ -11,6 +11,7 @@
 
 #include "emulator/block.h"
 #include "emulator/control.h"
+#include "emulator/races.h"
 
 namespace fused::emulator {
 namespace {
@@ -95,7 +96,6 @@ class Grid {
     runner_pool().give_back(std::move(runner));
   }
 
-  uint64_t num_blocks() const { return num_blocks_; }
   const std::string& error() const { return error_; }
 
  private:
@@ -132,6 +132,14 @@ class Grid {
   uint64_t error_rank_ = 0;
 };
 
+// OS threads that a launch is worth.
+uint64_t num_workers(const Launch& launch, const Settings& settings) {
+  if (kDetectRaces) return 1;
+  const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  const uint64_t threads = blocks * launch.block.x * launch.block.y * launch.block.z;
+  return std::min({uint64_t(settings.num_os_threads), blocks, 1 + threads / kThreadsWorthAnOsThread});
+}
+
 }  // namespace
 
 Status run(const Launch& launch) {
@@ -141,13 +149,17 @@ Status run(const Launch& launch) {
   if (!refused.empty()) return failed(kernel_name(launch.kernel) + ": " + refused);
   count_launch(launch.kernel);
 
+  // One record of accesses for all, so that launches and blocks come one after the other then.
+  static std::mutex one_at_a_time;
+  std::unique_lock<std::mutex> lock(one_at_a_time, std::defer_lock);
+  if (kDetectRaces) lock.lock();
+  races_begin_launch();
+
   Grid grid(launch, now);
-  const uint64_t threads =
-      grid.num_blocks() * launch.block.x * launch.block.y * launch.block.z;
-  const uint64_t helpers = std::min({uint64_t(now.num_os_threads), grid.num_blocks(),
-                                     1 + threads / kThreadsWorthAnOsThread}) - 1;
   std::vector<std::thread> os_threads;
-  for (uint64_t i = 0; i < helpers; ++i) os_threads.emplace_back([&] { grid.work(); });
+  for (uint64_t i = 1; i < num_workers(launch, now); ++i) {
+    os_threads.emplace_back([&] { grid.work(); });
+  }
   grid.work();
   for (auto& thread : os_threads) thread.join();
   return grid.error().empty() ? nullptr : failed(grid.error());

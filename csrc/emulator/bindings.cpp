@@ -1,0 +1,34 @@
+#include "emulator/bindings.h"
+
+#include <pybind11/stl.h>
+
+#include <string>
+
+#include "emulator/control.h"
+
+namespace fused::emulator {
+namespace {
+
+Order order_named(const std::string& name) {
+  if (name == "forward") return Order::kForward;
+  if (name == "reverse") return Order::kReverse;
+  if (name == "random") return Order::kRandom;
+  throw pybind11::value_error("emulator: order must be forward, reverse or random, got " + name);
+}
+
+void configure(const std::string& order, uint64_t seed, size_t shared_limit, int num_os_threads) {
+  set_settings({order_named(order), seed, shared_limit, num_os_threads});
+}
+
+}  // namespace
+
+void bind(pybind11::module_& module) {
+  namespace py = pybind11;
+  py::module_ emulator = module.def_submodule("emulator");
+  emulator.def("configure", &configure, py::kw_only(), py::arg("order"), py::arg("seed"),
+               py::arg("shared_limit"), py::arg("num_os_threads"));
+  emulator.def("launch_counts", &launch_counts);
+  emulator.def("clear_launch_counts", &clear_launch_counts);
+}
+
+}  // namespace fused::emulator

@@ -1,0 +1,228 @@
+// What must be ordered, and by what, follows the CUDA programming guide:
+//   - threads of one block, by __syncthreads;
+//   - lanes of one warp, by __syncwarp over both: shuffles, votes and matrix products do not order
+//     memory;
+//   - two blocks of one launch, by nothing (the pattern "last block done" would need the fences that
+//     it uses to be modelled: no kernel here has it);
+//   - atomics do not conflict with each other.
+// Launches are ordered by their stream.
+#ifdef FUSED_EMULATOR_RACES
+
+#include "emulator/races.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "emulator/fiber.h"
+
+namespace fused::emulator {
+namespace {
+
+enum class Kind : uint8_t { kRead, kWrite };
+
+struct Access {
+  uint64_t block;
+  uint32_t epoch;  // barriers that the block had passed
+  uint16_t clock;  // warp barriers that the thread had passed since, and one; 0: no access
+  uint16_t thread;
+  const void* where;
+  bool is_atomic;
+};
+
+// All that later accesses to one byte must be compared with. A write is ordered after everything
+// before it, or reported: what it replaces is never needed again. Of many readers that nothing
+// orders, any two stand for all, save for those that a warp barrier orders: hence a few more.
+struct Byte {
+  Access write;
+  std::array<Access, 4> reads;
+};
+
+constexpr size_t kPageBytes = 256;
+using Page = std::array<Byte, kPageBytes>;
+
+class Races {
+ public:
+  void begin_launch() { pages_.clear(), last_page_ = nullptr; }
+  void begin_block(const Stacks& stacks, size_t shared_bytes, uint64_t block_rank) {
+    stacks_ = &stacks;
+    shared_bytes_ = shared_bytes;
+    block_ = block_rank;
+    epoch_ = 0;
+    reset_clocks();
+  }
+  void at_barrier() {
+    ++epoch_;
+    reset_clocks();
+  }
+  void at_warp_barrier(unsigned warp, unsigned mask);
+  void access(uintptr_t address, size_t size, Kind kind, bool is_atomic, const void* where);
+
+ private:
+  using Clocks = std::array<uint16_t, kWarpSize>;
+
+  // For every thread, how far it is known to be ordered after each lane of its warp.
+  void reset_clocks() {
+    clocks_.assign(kMaxThreads, Clocks{});
+    for (int thread = 0; thread < kMaxThreads; ++thread) {
+      clocks_[thread][thread % kWarpSize] = 1;
+    }
+  }
+  bool in_shared_memory(uintptr_t address) const {
+    return address - reinterpret_cast<uintptr_t>(current_block->shared) < shared_bytes_;
+  }
+  bool ordered(const Access& before, const Access& now, bool in_shared) const;
+  Byte& byte_at(uintptr_t address);
+  void remember_read(Byte& byte, const Access& now, bool in_shared) const;
+  [[noreturn]] void report(uintptr_t address, const Access& before, Kind kind_before,
+                           const Access& now, Kind kind) const;
+
+  const Stacks* stacks_ = nullptr;
+  size_t shared_bytes_ = 0;
+  uint64_t block_ = 0;
+  uint32_t epoch_ = 0;
+  std::vector<Clocks> clocks_;
+  std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
+  uintptr_t last_page_address_ = 0;
+  Page* last_page_ = nullptr;
+};
+
+void Races::at_warp_barrier(unsigned warp, unsigned mask) {
+  Clocks latest{};
+  Clocks* const lanes = &clocks_[warp * kWarpSize];
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    for (int i = 0; i < kWarpSize; ++i) latest[i] = std::max(latest[i], lanes[lane][i]);
+  }
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if (!(mask >> lane & 1)) continue;
+    lanes[lane] = latest;
+    ++lanes[lane][lane];
+  }
+}
+
+bool Races::ordered(const Access& before, const Access& now, bool in_shared) const {
+  if (before.clock == 0 || (before.is_atomic && now.is_atomic)) return true;
+  if (before.block != now.block) return in_shared;  // another block's memory, at the same place
+  if (before.thread == now.thread || before.epoch != now.epoch) return true;
+  if (before.thread / kWarpSize != now.thread / kWarpSize) return false;
+  return clocks_[now.thread][before.thread % kWarpSize] >= before.clock;
+}
+
+Byte& Races::byte_at(uintptr_t address) {
+  const uintptr_t page_address = address / kPageBytes;
+  if (!last_page_ || page_address != last_page_address_) {
+    auto& page = pages_[page_address];
+    if (!page) page = std::make_unique<Page>();
+    last_page_ = page.get();
+    last_page_address_ = page_address;
+  }
+  return (*last_page_)[address % kPageBytes];
+}
+
+void Races::remember_read(Byte& byte, const Access& now, bool in_shared) const {
+  for (Access& read : byte.reads) {
+    const bool mine = read.block == now.block && read.thread == now.thread;
+    if (read.clock == 0 || mine || (!now.is_atomic && ordered(read, now, in_shared))) {
+      read = now;
+      return;
+    }
+  }
+  byte.reads.back() = now;
+}
+
+void Races::access(uintptr_t address, size_t size, Kind kind, bool is_atomic, const void* where) {
+  if (!current_thread || stacks_->contains(address)) return;
+  const bool in_shared = in_shared_memory(address);
+  const auto thread = static_cast<uint16_t>(current_thread->rank);
+  const Access now{block_, epoch_, clocks_[thread][thread % kWarpSize], thread, where, is_atomic};
+  for (uintptr_t at = address; at < address + size; ++at) {
+    Byte& byte = byte_at(at);
+    if (!ordered(byte.write, now, in_shared)) report(at, byte.write, Kind::kWrite, now, kind);
+    if (kind == Kind::kRead) {
+      remember_read(byte, now, in_shared);
+      continue;
+    }
+    for (const Access& read : byte.reads) {
+      if (!ordered(read, now, in_shared)) report(at, read, Kind::kRead, now, kind);
+    }
+    byte.write = now;
+    byte.reads = {};
+  }
+}
+
+// "file.cuh:123" by binutils' addr2line, which comes with the compiler; else the bare address.
+void describe(const void* where, char* text, size_t size) {
+  Dl_info info;
+  if (!dladdr(where, &info)) {
+    std::snprintf(text, size, "%p", where);
+    return;
+  }
+  // The hook returns behind the access.
+  const auto offset = static_cast<const char*>(where) - static_cast<const char*>(info.dli_fbase) - 1;
+  std::snprintf(text, size, "%s+%#lx", info.dli_fname, static_cast<unsigned long>(offset));
+  char command[1024];
+  std::snprintf(command, sizeof command, "addr2line -s -e '%s' %#lx 2>/dev/null", info.dli_fname,
+                static_cast<unsigned long>(offset));
+  FILE* pipe = popen(command, "r");
+  if (!pipe) return;
+  char line[256];
+  if (std::fgets(line, sizeof line, pipe) && line[0] != '?') {
+    line[std::strcspn(line, " \n")] = '\0';
+    std::snprintf(text, size, "%s", line);
+  }
+  pclose(pipe);
+}
+
+void Races::report(uintptr_t address, const Access& before, Kind kind_before, const Access& now,
+                   Kind kind) const {
+  const dim3 dim = current_block->dim, grid = current_block->grid_dim;
+  char here[512], there[512], memory[64];
+  describe(now.where, here, sizeof here);
+  describe(before.where, there, sizeof there);
+  const auto offset = address - reinterpret_cast<uintptr_t>(current_block->shared);
+  if (in_shared_memory(address)) {
+    std::snprintf(memory, sizeof memory, "byte %zu of shared memory", size_t(offset));
+  } else {
+    std::snprintf(memory, sizeof memory, "address %#zx", size_t(address));
+  }
+  const uint64_t block = before.block;
+  fail("race: %s %s at %s, which thread (%u, %u, %u) of block (%u, %u, %u) %s at %s with no "
+       "barrier between",
+       kind == Kind::kWrite ? "writes" : "reads", memory, here, before.thread % dim.x,
+       before.thread / dim.x % dim.y, before.thread / dim.x / dim.y, unsigned(block % grid.x),
+       unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y),
+       kind_before == Kind::kWrite ? "wrote" : "read", there);
+}
+
+Races& races() {
+  static Races* const races = new Races;
+  return *races;
+}
+
+}  // namespace
+
+void races_begin_launch() { races().begin_launch(); }
+void races_begin_block(const Stacks& stacks, size_t shared_bytes, uint64_t block_rank) {
+  races().begin_block(stacks, shared_bytes, block_rank);
+}
+void races_at_barrier() { races().at_barrier(); }
+void races_at_warp_barrier(unsigned warp, unsigned mask) { races().at_warp_barrier(warp, mask); }
+
+// For race_hooks.cpp, which is called by the compiler.
+void race_read(const void* address, size_t size, bool is_atomic, const void* where) {
+  races().access(reinterpret_cast<uintptr_t>(address), size, Kind::kRead, is_atomic, where);
+}
+void race_write(const void* address, size_t size, bool is_atomic, const void* where) {
+  races().access(reinterpret_cast<uintptr_t>(address), size, Kind::kWrite, is_atomic, where);
+}
+
+}  // namespace fused::emulator
+
+#endif  // FUSED_EMULATOR_RACES
