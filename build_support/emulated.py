@@ -1,24 +1,60 @@
 """Builds the tests' module, in which the CUDA kernels run on the CPU, and prints its path.
 
-Run by the tests, or by hand with `python -m build_support.emulated`.
+    python -m build_support.emulated [plain | races | sanitized | coverage]
+
+docs/emulator.md says what the variants are for; `make check-full` runs the suite on each.
 """
 
 from __future__ import annotations
 
+import fcntl
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from build_support.graph import Toolchain, emulated_graph
-from build_support.sources import ROOT
+from build_support.sources import ROOT, Kind
 from build_support.toolchain import extension_suffix, require_compiler, require_torch
 
-FOLDER = "build/emulated"
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1")
+
+# What a variant adds to the flags of each kind of file.
+VARIANTS: Mapping[str, Mapping[Kind, tuple[str, ...]]] = {
+    "plain": {},
+    # g++ calls a hook at every access, and csrc/emulator/races.cpp answers, not libtsan.
+    "races": {
+        Kind.CUDA: ("-fsanitize=thread", "-g1"),
+        Kind.EMULATOR: ("-DFUSED_EMULATOR_RACES", "-g1"),
+    },
+    # Python is not compiled with it: it runs with LD_PRELOAD=$(g++ -print-file-name=libasan.so).
+    "sanitized": {Kind.CUDA: _SANITIZE, Kind.EMULATOR: _SANITIZE},
+    # Not optimised, so that a line that ran is a line that counts.
+    "coverage": {Kind.CUDA: ("--coverage", "-O0")},
+}
+LINK_FLAGS: Mapping[str, tuple[str, ...]] = {
+    "sanitized": ("-fsanitize=address,undefined",),
+    "coverage": ("--coverage",),
+}
 
 
-def build() -> Path:
+def build(variant: str = "plain") -> Path:
     """Builds what is out of date (nothing, in half a second, if nothing is)."""
-    emulated_graph(Toolchain(require_compiler(), require_torch()), FOLDER).run()
-    return ROOT / FOLDER / f"_C_emulated{extension_suffix()}"
+    folder = "build/emulated" if variant == "plain" else f"build/emulated-{variant}"
+    module = f"{folder}/_C_emulated{extension_suffix()}"
+    graph = emulated_graph(
+        Toolchain(require_compiler(), require_torch()),
+        folder,
+        module,
+        VARIANTS[variant],
+        LINK_FLAGS.get(variant, ()),
+    )
+    (ROOT / folder).mkdir(parents=True, exist_ok=True)
+    # Several test processes may want it at once.
+    with open(ROOT / folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        graph.run()
+    return ROOT / module
 
 
 if __name__ == "__main__":
-    print(build())
+    print(build(*sys.argv[1:]))

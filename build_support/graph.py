@@ -8,7 +8,7 @@ compilers' own dependency files.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -173,11 +173,19 @@ def package_graph(toolchain: Toolchain, folder: str) -> Graph:
     return graph
 
 
-def emulated_graph(toolchain: Toolchain, folder: str) -> Graph:
+def emulated_graph(
+    toolchain: Toolchain,
+    folder: str,
+    output: str,
+    kernel_flags: Mapping[Kind, Sequence[str]],
+    link_flags: Sequence[str],
+) -> Graph:
     """The tests' module: glue, bindings and CUDA kernels, compiled by g++ for the emulator."""
     graph = Graph(toolchain, folder)
     defines = ["-DFUSED_EMULATED", "-DTORCH_EXTENSION_NAME=_C_emulated"]
-    objects = graph.compile(emulated_sources(find_sources()), defines)
+    objects = []
+    for source in emulated_sources(find_sources()):
+        objects += graph.compile([source], [*defines, *kernel_flags.get(source.kind, ())])
     flags = _torch_link_flags(toolchain.torch, "torch_python", "torch", "torch_cpu", "c10")
-    graph.link(f"{folder}/_C_emulated{extension_suffix()}", objects, [*flags, "-fopenmp"])
+    graph.link(output, objects, [*flags, "-fopenmp", *link_flags])
     return graph

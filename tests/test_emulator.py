@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from build_support.emulated import VARIANTS
 from build_support.graph import Graph, Toolchain
 from build_support.sources import ROOT, Kind, Source, find_sources
 from build_support.toolchain import require_compiler, require_torch
 
-FOLDER = "build/emulator_cases"
 FORWARD, REVERSE, RANDOM = range(3)
 ORDERS = [(FORWARD, 0), (REVERSE, 0), (RANDOM, 1), (RANDOM, 2)]
 
@@ -21,22 +21,24 @@ ORDERS = [(FORWARD, 0), (REVERSE, 0), (RANDOM, 1), (RANDOM, 2)]
 RunCase = Callable[..., "str | None"]
 
 
-@pytest.fixture(scope="session")
-def library() -> ctypes.CDLL:
-    graph = Graph(Toolchain(require_compiler(), require_torch()), FOLDER)
+def load_cases(variant: str) -> ctypes.CDLL:
+    folder = f"build/emulator_cases-{variant}"
+    graph = Graph(Toolchain(require_compiler(), require_torch()), folder)
     sources = [source for source in find_sources() if source.kind is Kind.EMULATOR]
     sources.append(Source("tests/emulator/cases.cu", Kind.CUDA))
-    path = f"{FOLDER}/cases.so"
-    graph.link(path, graph.compile(sources, ["-DFUSED_EMULATED"]), ["-pthread"])
+    objects = []
+    for source in sources:
+        flags = VARIANTS[variant].get(source.kind, ())
+        objects += graph.compile([source], ["-DFUSED_EMULATED", *flags])
+    graph.link(f"{folder}/cases.so", objects, ["-pthread"])
     graph.run()
-    library = ctypes.CDLL(str(ROOT / path))
+    library = ctypes.CDLL(str(ROOT / folder / "cases.so"))
     library.run_case.restype = ctypes.c_char_p
     library.take_launch_counts.restype = ctypes.c_char_p
     return library
 
 
-@pytest.fixture(scope="session")
-def run_case(library: ctypes.CDLL) -> RunCase:
+def case_runner(library: ctypes.CDLL) -> RunCase:
     def run(
         name: str, out: np.ndarray, order: int = FORWARD, seed: int = 0, threads: int = 1
     ) -> str | None:
@@ -45,6 +47,21 @@ def run_case(library: ctypes.CDLL) -> RunCase:
         return None if status is None else status.decode()
 
     return run
+
+
+@pytest.fixture(scope="session")
+def library() -> ctypes.CDLL:
+    return load_cases("plain")
+
+
+@pytest.fixture(scope="session")
+def run_case(library: ctypes.CDLL) -> RunCase:
+    return case_runner(library)
+
+
+@pytest.fixture(scope="session")
+def run_case_with_races() -> RunCase:
+    return case_runner(load_cases("races"))
 
 
 def ints(size: int) -> np.ndarray:
@@ -215,3 +232,47 @@ def test_launches_are_counted_by_name(library: ctypes.CDLL, run_case: RunCase) -
         assert run_case(name, out) is None
     counts = library.take_launch_counts().decode().splitlines()
     assert counts == ["fused::cases::reverse_kernel<true> 1", "fused::cases::shuffles_kernel 2"]
+
+
+# Where the race is; whether the read or the write comes first depends on the order.
+RACES = {
+    "neighbour_kernel<false>": r"byte \d+ of shared memory",
+    "reused_tile_kernel<false>": r"byte \d+ of shared memory",
+    "race_shuffle_is_no_barrier": r"byte \d+ of shared memory",
+    "race_between_blocks": r"address 0x[0-9a-f]+",
+    "race_read_of_another_block": r"address 0x[0-9a-f]+",
+    "race_atomic_against_plain": r"address 0x[0-9a-f]+",
+}
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize("name", RACES)
+def test_races_are_found_in_every_order(
+    run_case_with_races: RunCase, name: str, order: int, seed: int
+) -> None:
+    error = run_case_with_races(name, ints(128), order, seed)
+    text = (
+        rf"thread \(\d+, 0, 0\): race: (reads|writes) {RACES[name]} at \w+\.\w+:\d+, which thread "
+        r"\(\d+, 0, 0\) of block \(\d, 0, 0\) (wrote|read) at \w+\.\w+:\d+ with no barrier between"
+    )
+    assert error is not None
+    assert re.search(text, error), error
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "neighbour_kernel<true>",
+        "reused_tile_kernel<true>",
+        "bytes_of_one_word_kernel",
+        "reverse_kernel<true>",
+        "fresh_shared_memory_kernel",
+        "atomics_kernel",
+        "indices_kernel",
+    ],
+)
+def test_ordered_accesses_are_no_races(
+    run_case_with_races: RunCase, name: str, order: int, seed: int
+) -> None:
+    assert run_case_with_races(name, ints(1024), order, seed) is None

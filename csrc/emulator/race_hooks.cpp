@@ -63,6 +63,11 @@ void __tsan_volatile_write8(void* p) { race_write(p, 8, false, FUSED_CALLER); }
 void __tsan_volatile_read16(void* p) { race_read(p, 16, false, FUSED_CALLER); }
 void __tsan_volatile_write16(void* p) { race_write(p, 16, false, FUSED_CALLER); }
 
+// Guards of function-local statics.
+uint8_t __tsan_atomic8_load(const volatile uint8_t* p, int order) {
+  return __atomic_load_n(p, order);
+}
+
 uint32_t __tsan_atomic32_load(const volatile uint32_t* p, int order) {
   race_read(const_cast<const uint32_t*>(p), 4, true, FUSED_CALLER);
   return __atomic_load_n(p, order);

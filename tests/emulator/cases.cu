@@ -161,6 +161,57 @@ __global__ void bad_index(int* out) {
 __global__ void bad_shared_write(int*) { shared_memory<int>()[threadIdx.x] = 1; }
 __global__ void empty_kernel(int*) {}
 
+// ---- what is a race and what is not, whatever the order ----
+
+template <bool kWithBarrier>
+__global__ void neighbour_kernel(int* out) {
+  int* tile = shared_memory<int>();
+  const unsigned thread = threadIdx.x;
+  tile[thread] = int(thread);
+  if (kWithBarrier) __syncwarp();
+  // In forward order the right value is there without the barrier too.
+  out[blockIdx.x * blockDim.x + thread] = tile[thread % 32 ? thread - 1 : thread];
+}
+
+// The second round of writes may overtake the first round of reads.
+template <bool kWithBarrier>
+__global__ void reused_tile_kernel(int* out) {
+  int* tile = shared_memory<int>();
+  const unsigned thread = threadIdx.x;
+  for (int round = 0; round < 2; ++round) {
+    tile[thread] = int(thread) + round;
+    __syncthreads();
+    out[thread] = tile[thread ^ 32];
+    if (kWithBarrier) __syncthreads();
+  }
+}
+
+__global__ void race_shuffle_is_no_barrier(int* out) {
+  int* tile = shared_memory<int>();
+  tile[threadIdx.x] = __shfl_xor_sync(kAll, int(threadIdx.x), 1);
+  const int sum = __reduce_add_sync(kAll, 1);
+  out[threadIdx.x] = tile[threadIdx.x ^ 1] + sum;
+}
+
+__global__ void race_between_blocks(int* out) { out[threadIdx.x] = int(blockIdx.x); }
+
+__global__ void race_read_of_another_block(int* out) {
+  out[blockIdx.x * 32 + threadIdx.x] = out[(1 - blockIdx.x) * 32 + threadIdx.x];
+}
+
+__global__ void race_atomic_against_plain(int* out) {
+  if (threadIdx.x == 5) {
+    out[0] = 1;
+  } else {
+    atomicAdd(&out[0], 1);
+  }
+}
+
+// Two threads write one word, but not one byte.
+__global__ void bytes_of_one_word_kernel(int* out) {
+  reinterpret_cast<unsigned char*>(out)[threadIdx.x] = static_cast<unsigned char>(threadIdx.x);
+}
+
 // ---- the table ----
 
 struct Case {
@@ -207,6 +258,15 @@ const Case kCases[] = {
     FUSED_CASE(bad_misaligned, float, 1, 32),
     FUSED_CASE(bad_index, int, 1, 32),
     FUSED_CASE(bad_shared_write, int, 1, 32, 64),
+    FUSED_CASE(neighbour_kernel<true>, int, 3, 64, 256),
+    FUSED_CASE(neighbour_kernel<false>, int, 1, 64, 256),
+    FUSED_CASE(reused_tile_kernel<true>, int, 1, 64, 256),
+    FUSED_CASE(reused_tile_kernel<false>, int, 1, 64, 256),
+    FUSED_CASE(race_shuffle_is_no_barrier, int, 1, 32, 256),
+    FUSED_CASE(race_between_blocks, int, 2, 32),
+    FUSED_CASE(race_read_of_another_block, int, 2, 32),
+    FUSED_CASE(race_atomic_against_plain, int, 1, 32),
+    FUSED_CASE(bytes_of_one_word_kernel, int, 1, 64),
     {"too many threads", [](void* out) { return run_on<empty_kernel, 1, 1025>((int*)out); }},
     {"too much shared memory",
      [](void* out) { return run_on<empty_kernel, 1, 32, 70000>((int*)out); }},
