@@ -256,13 +256,23 @@ def choose_cuda(torch: Torch, compiler: Compiler) -> tuple[CudaToolkit | None, s
             raise BuildError(f"FUSED_CUDA=1, but {reason}.", how_to_get_nvcc(torch))
         return None, f"{reason}. {how_to_get_nvcc(torch)}"
     _check_host_compiler(nvcc, compiler)
-    return _toolkit(nvcc, torch, compiler), ""
+    return _toolkit(nvcc, choose_architectures(nvcc.path), compiler, torch.root.parent), ""
 
 
-def _toolkit(nvcc: Nvcc, torch: Torch, compiler: Compiler) -> CudaToolkit:
-    architectures = choose_architectures(nvcc.path)
+def kernel_toolkit(path: str, architectures: list[Architecture], compiler: Compiler) -> CudaToolkit:
+    """The nvcc at `path` for kernels alone, which no torch has to match."""
+    nvcc = _describe(path)
+    if nvcc is None:
+        raise BuildError(f"{path} does not run.", "Point CUDA_HOME at a CUDA toolkit.")
+    _check_host_compiler(nvcc, compiler)
+    return _toolkit(nvcc, architectures, compiler, Path(os.devnull))
+
+
+def _toolkit(
+    nvcc: Nvcc, architectures: list[Architecture], compiler: Compiler, site_packages: Path
+) -> CudaToolkit:
     # ATen's CUDA headers want cuBLAS' and others', which lie beside torch.
-    beside_torch = torch.root.parent / "nvidia" / f"cu{nvcc.major}"
+    beside_torch = site_packages / "nvidia" / f"cu{nvcc.major}"
     includes = _existing([*nvcc.include_dirs, str(beside_torch / "include")])
     libraries = _existing([*nvcc.library_dirs, str(beside_torch / "lib")])
     # By its full name: the wheels have no libcudart.so to link to. torch loads the same file.

@@ -39,7 +39,7 @@ def build_info() -> ModuleType:
         return importlib.import_module("fused._build_info")
     except ModuleNotFoundError:
         raise ImportError(
-            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {_mend()}"
+            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {rebuild_command()}"
         ) from None
 
 
@@ -69,7 +69,8 @@ def load() -> ModuleType:
     built, here = built_for(), found()
     if not fits(built, here):
         raise ImportError(
-            f"fused: built for {built}\n       but found {here}.\n       Build it again: {_mend()}"
+            f"fused: built for {built}\n       but found {here}.\n"
+            f"       Build it again: {rebuild_command()}"
         )
     try:
         torch.ops.load_library(str(_FOLDER / "libfused.so"))
@@ -78,11 +79,11 @@ def load() -> ModuleType:
         raise ImportError(
             f"fused: cannot load the compiled part: {error}\n"
             f"       built for {built}\n       and found {here}.\n"
-            f"       Build it again: {_mend()}"
+            f"       Build it again: {rebuild_command()}"
         ) from error
 
 
-def _mend() -> str:
+def rebuild_command() -> str:
     """The command that builds this installation anew.
 
     --no-cache-dir: pip may hold a wheel that it built for another torch.
