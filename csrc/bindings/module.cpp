@@ -6,6 +6,7 @@
 
 #include "attention/attention_ops.h"
 #include "common/isa.h"
+#include "optim/optim_bindings.h"
 #if defined(FUSED_EMULATED)
 #include "emulator/bindings.h"
 #endif
@@ -28,6 +29,8 @@ void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind(m, "attention_forward", &fused::attention_forward);
   bind(m, "attention_backward", &fused::attention_backward);
+
+  fused::optim_bindings::bind(m);
 
   m.def("isa", [] { return fused::isa_name(fused::current_isa()); });
 #if defined(FUSED_EMULATED)

@@ -1,0 +1,66 @@
+#include "optim/flat_tensors.h"
+
+#include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty_like.h>
+
+#include "common/checks.h"
+
+namespace fused {
+namespace {
+
+// Whether element i in memory is the same element of both. Strides of dimensions of one element
+// mean nothing.
+bool same_layout(const at::Tensor& a, const at::Tensor& b) {
+  if (a.is_contiguous() && b.is_contiguous()) return true;
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d) {
+    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void* FlatTensors::param(const at::Tensor& param) {
+  FUSED_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, op_,
+                    ": params must not hold one memory location twice, got strides ",
+                    param.strides());
+  if (param.is_non_overlapping_and_dense()) {
+    layout_ = param;
+    written_.push_back(param);
+    return param.data_ptr();
+  }
+  layout_ = at::empty_like(param, at::MemoryFormat::Contiguous);
+  return operand(param, /*written=*/true);
+}
+
+void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
+  if (written) written_.push_back(tensor);
+  if (same_layout(tensor, layout_)) return tensor.data_ptr();
+  at::Tensor copy = at::empty_like(layout_);
+  copy.copy_(tensor.detach());
+  if (written) {
+    FUSED_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op_,
+                      ": state must not hold one memory location twice, got strides ",
+                      tensor.strides());
+    copies_.emplace_back(tensor, copy);
+  } else {
+    temporaries_.push_back(copy);
+  }
+  return copy.data_ptr();
+}
+
+void* FlatTensors::scalar(const at::Tensor& tensor) {
+  written_.push_back(tensor);
+  return tensor.data_ptr();
+}
+
+void FlatTensors::bump_versions() const {
+  for (const at::Tensor& tensor : written_) bump_version(tensor);
+}
+
+void FlatTensors::finish() const {
+  for (const auto& [original, copy] : copies_) original.detach().copy_(copy);
+}
+
+}  // namespace fused

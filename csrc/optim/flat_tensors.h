@@ -1,0 +1,42 @@
+// Turns tensors into flat arrays that a kernel can walk: brings the operands of a parameter into one
+// dense layout and remembers what to copy back. For the glue, which knows torch.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <utility>
+#include <vector>
+
+namespace fused {
+
+// Parameter i's operands share one memory order: that of the parameter where it is dense, else a
+// contiguous copy's. Nothing that the caller can see is written before finish().
+class FlatTensors {
+ public:
+  explicit FlatTensors(const char* op) : op_(op) {}
+
+  // The parameter's array. Sets the layout that operand() asks of the others.
+  void* param(const at::Tensor& param);
+
+  // The array of a tensor of the parameter's shape, in the parameter's layout; copied where its
+  // own layout differs. `written`: the kernel will change it.
+  void* operand(const at::Tensor& tensor, bool written);
+
+  // The address of a scalar that the step changes.
+  void* scalar(const at::Tensor& tensor);
+
+  // Marks what the kernel will change, for autograd's check of stale graphs.
+  void bump_versions() const;
+
+  // After the kernel: writes copies back to where they came from.
+  void finish() const;
+
+ private:
+  const char* op_;
+  at::Tensor layout_;                // of the current parameter; dense
+  std::vector<at::Tensor> written_;  // as the caller knows them
+  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // (the caller's, ours) to copy back
+  std::vector<at::Tensor> temporaries_;  // copies that are only read, kept until the end
+};
+
+}  // namespace fused
