@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -34,7 +35,8 @@ def load_cases(variant: str) -> ctypes.CDLL:
     graph.run()
     library = ctypes.CDLL(str(ROOT / folder / "cases.so"))
     library.run_case.restype = ctypes.c_char_p
-    library.take_launch_counts.restype = ctypes.c_char_p
+    library.launch_log.restype = ctypes.c_char_p
+    library.instances.restype = ctypes.c_char_p
     return library
 
 
@@ -226,12 +228,22 @@ def test_a_failed_launch_leaves_nothing_behind(run_case: RunCase) -> None:
 
 
 def test_launches_are_counted_by_name(library: ctypes.CDLL, run_case: RunCase) -> None:
-    library.take_launch_counts()
+    def counts() -> Counter[str]:
+        lines = library.launch_log().decode().splitlines()
+        return Counter({name: int(count) for name, count in map(str.split, lines)})
+
+    before = counts()
     out = ints(256)
     for name in ("reverse_kernel<true>", "shuffles_kernel", "shuffles_kernel", "no blocks"):
         assert run_case(name, out) is None
-    counts = library.take_launch_counts().decode().splitlines()
-    assert counts == ["fused::cases::reverse_kernel<true> 1", "fused::cases::shuffles_kernel 2"]
+    launched = {"fused::cases::reverse_kernel<true>": 1, "fused::cases::shuffles_kernel": 2}
+    assert counts() - before == launched
+
+
+def test_instances_of_a_template_are_listed(library: ctypes.CDLL) -> None:
+    names = library.instances(b"reverse_kernel").decode().splitlines()
+    assert names == [f"fused::cases::reverse_kernel<{value}>" for value in ("false", "true")]
+    assert library.instances(b"reverse").decode() == ""
 
 
 # Where the race is; whether the read or the write comes first depends on the order.

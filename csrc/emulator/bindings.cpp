@@ -28,7 +28,7 @@ void bind(pybind11::module_& module) {
   emulator.def("configure", &configure, py::kw_only(), py::arg("order"), py::arg("seed"),
                py::arg("shared_limit"), py::arg("num_os_threads"));
   emulator.def("launch_counts", &launch_counts);
-  emulator.def("clear_launch_counts", &clear_launch_counts);
+  emulator.def("instances_of", &instances_of, py::arg("names"));
 }
 
 }  // namespace fused::emulator

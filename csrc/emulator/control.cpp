@@ -43,9 +43,4 @@ std::map<std::string, int64_t> launch_counts() {
   return counts;
 }
 
-void clear_launch_counts() {
-  const std::lock_guard<std::mutex> lock(state().mutex);
-  state().launches.clear();
-}
-
 }  // namespace fused::emulator

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <vector>
 
 #include "emulator/runtime.h"
 
@@ -24,10 +25,13 @@ struct Settings {
 Settings settings();
 void set_settings(const Settings& settings);
 
-// Demangled names of the kernels launched since the last clear, without return type and parameters,
-// and how often each was launched.
+// How often each kernel was launched in this process, by its demangled name without return type and
+// parameters.
 std::map<std::string, int64_t> launch_counts();
-void clear_launch_counts();
+
+// The same names, of all functions of this library that are called one of `names` within their
+// namespace: the instances of kernel templates, launched or not.
+std::vector<std::string> instances_of(const std::vector<std::string>& names);
 
 void count_launch(const void* kernel);
 

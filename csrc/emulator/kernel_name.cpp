@@ -5,7 +5,7 @@
 #include <elf.h>
 #include <link.h>
 
-#include <cstdio>
+#include <algorithm>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -71,26 +71,49 @@ std::string without_signature(std::string name) {
   return name.rfind("void ", 0) == 0 ? name.substr(5) : name;
 }
 
+// "a::f<b::c>" to "f".
+std::string base_name(std::string name) {
+  name.resize(std::min(name.find('<'), name.size()));
+  return name.substr(name.rfind(':') + 1);
+}
+
+const Symbols& symbols_of(const char* path) {
+  static std::mutex mutex;
+  static auto& files = *new std::unordered_map<std::string, Symbols>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto file = files.find(path);
+  if (file == files.end()) file = files.emplace(path, read_symbols(path)).first;
+  return file->second;
+}
+
 }  // namespace
 
 std::string kernel_name(const void* kernel) {
-  static std::mutex mutex;
-  static auto& files = *new std::unordered_map<std::string, Symbols>;
   Dl_info info;
   if (!dladdr(kernel, &info) || !info.dli_fname) return "unknown kernel";
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto file = files.find(info.dli_fname);
-  if (file == files.end()) {
-    file = files.emplace(info.dli_fname, read_symbols(info.dli_fname)).first;
-  }
+  const Symbols& symbols = symbols_of(info.dli_fname);
   // An executable that is not position-independent is linked to absolute addresses.
   const auto address = reinterpret_cast<uintptr_t>(kernel);
   const auto base = reinterpret_cast<uintptr_t>(info.dli_fbase);
   for (const uintptr_t key : {address - base, address}) {
-    const auto symbol = file->second.find(key);
-    if (symbol != file->second.end()) return without_signature(demangled(symbol->second));
+    const auto symbol = symbols.find(key);
+    if (symbol != symbols.end()) return without_signature(demangled(symbol->second));
   }
   return "unknown kernel";
+}
+
+std::vector<std::string> instances_of(const std::vector<std::string>& names) {
+  Dl_info info;
+  if (!dladdr(reinterpret_cast<const void*>(&instances_of), &info)) return {};
+  std::vector<std::string> instances;
+  for (const auto& [address, mangled] : symbols_of(info.dli_fname)) {
+    if (mangled.find('.') != std::string::npos) continue;  // a part that the compiler split off
+    const std::string name = without_signature(demangled(mangled));
+    const bool wanted = std::find(names.begin(), names.end(), base_name(name)) != names.end();
+    if (wanted) instances.push_back(name);
+  }
+  std::sort(instances.begin(), instances.end());
+  return instances;
 }
 
 }  // namespace fused::emulator

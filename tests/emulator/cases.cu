@@ -288,13 +288,20 @@ extern "C" FUSED_API const char* run_case(const char* name, int order, unsigned 
   return "no such case";
 }
 
-// The kernels launched, as lines of "name count".
-extern "C" FUSED_API const char* take_launch_counts() {
+// The kernels launched so far, as lines of "name count".
+extern "C" FUSED_API const char* launch_log() {
   static std::string text;
   text.clear();
   for (const auto& [name, count] : fused::emulator::launch_counts()) {
     text += name + " " + std::to_string(count) + "\n";
   }
-  fused::emulator::clear_launch_counts();
+  return text.c_str();
+}
+
+// The instances of a kernel template, one a line.
+extern "C" FUSED_API const char* instances(const char* name) {
+  static std::string text;
+  text.clear();
+  for (const auto& instance : fused::emulator::instances_of({name})) text += instance + "\n";
   return text.c_str();
 }
