@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "attention/attention_ops.h"
+#include "lstm/lstm_ops.h"
 #include "optim/optim_ops.h"
 
 TORCH_LIBRARY(fused, m) {
@@ -14,6 +15,24 @@ TORCH_LIBRARY(fused, m) {
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor lse, Tensor? attn_mask, Tensor? rng, float dropout_p, bool is_causal, "
       "float? scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+  m.def(
+      "lstm_cell_forward(Tensor input, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
+      "Tensor? b_hh) -> (Tensor h_next, Tensor c_next, Tensor gates)");
+  m.def(
+      "lstm_cell_backward(Tensor? grad_h_next, Tensor? grad_c_next, Tensor input, Tensor h, "
+      "Tensor c, Tensor w_ih, Tensor w_hh, Tensor c_next, Tensor gates, bool[6] needs) -> "
+      "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_w_ih, Tensor grad_w_hh, "
+      "Tensor grad_bias)");
+  m.def(
+      "lstm_layer_forward(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
+      "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse) -> "
+      "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)");
+  m.def(
+      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+      "Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? batch_sizes, "
+      "bool reverse, Tensor output, Tensor gates, Tensor cells, Tensor hidden, bool[7] needs) -> "
+      "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, "
+      "Tensor grad_bias, Tensor grad_w_hr)");
   m.def(
       "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, *, float lr, "
@@ -34,6 +53,10 @@ namespace {
 void implement(torch::Library& m) {
   m.impl("attention_forward", &fused::attention_forward);
   m.impl("attention_backward", &fused::attention_backward);
+  m.impl("lstm_cell_forward", &fused::lstm_cell_forward);
+  m.impl("lstm_cell_backward", &fused::lstm_cell_backward);
+  m.impl("lstm_layer_forward", &fused::lstm_layer_forward);
+  m.impl("lstm_layer_backward", &fused::lstm_layer_backward);
   m.impl("adam_", &fused::adam_op);
   m.impl("sgd_", &fused::sgd_op);
 }

@@ -6,6 +6,7 @@
 
 #include "attention/attention_ops.h"
 #include "common/isa.h"
+#include "lstm/lstm_ops.h"
 #include "optim/optim_bindings.h"
 #if defined(FUSED_EMULATED)
 #include "emulator/bindings.h"
@@ -29,6 +30,10 @@ void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind(m, "attention_forward", &fused::attention_forward);
   bind(m, "attention_backward", &fused::attention_backward);
+  bind(m, "lstm_cell_forward", &fused::lstm_cell_forward);
+  bind(m, "lstm_cell_backward", &fused::lstm_cell_backward);
+  bind(m, "lstm_layer_forward", &fused::lstm_layer_forward);
+  bind(m, "lstm_layer_backward", &fused::lstm_layer_backward);
 
   fused::optim_bindings::bind(m);
 
