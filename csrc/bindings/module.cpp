@@ -1,4 +1,5 @@
 // The Python module fused._C: a list of the functions, nothing else.
+#include <ATen/autocast_mode.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -37,6 +38,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   fused::optim_bindings::bind(m);
 
+  m.def("autocast_cast", [](const at::Tensor& tensor, at::ScalarType dtype) {
+    return at::autocast::cached_cast(dtype, tensor, tensor.device().type());
+  });
   m.def("isa", [] { return fused::isa_name(fused::current_isa()); });
 #if defined(FUSED_EMULATED)
   fused::emulator::bind(m);

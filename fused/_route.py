@@ -1,0 +1,142 @@
+"""Decides, once for all ops, how a call reaches the kernels.
+
+There are three ways, and every op takes one of them through this module:
+
+- *kernel*: the op's `autograd.Function` over the pybind11 function, the shortest way in eager mode;
+- *traced*: the same C++ function as `torch.ops.fused.<op>`, with the same derivative, where someone
+  must see the op itself: torch.compile and torch.export, fake tensors, tensor subclasses and
+  dispatch modes;
+- *composite*: plain PyTorch operators, for what no kernel covers. `torch.func` transforms and
+  forward-mode derivatives take it, and so do derivatives beyond the first, because every PyTorch
+  operator has its rules for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fused import _load
+
+_kernels: ModuleType = _load.load()
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+# What fused.explain listens to: called with (op, path, {refused path: reason}).
+_listener: Callable[[str, str, dict[str, str]], None] | None = None
+
+
+def kernels() -> ModuleType:
+    """The pybind11 module that eager calls run: `fused._C`, or the emulated one under test."""
+    return _kernels
+
+
+@contextlib.contextmanager
+def use_kernels(module: ModuleType) -> Iterator[None]:
+    """Runs eager calls on another build of the same functions. For tests."""
+    global _kernels
+    previous, _kernels = _kernels, module
+    try:
+        yield
+    finally:
+        _kernels = previous
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether someone must see the registered op instead of the function behind it."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    return any(t is not None and type(t) not in _PLAIN_TYPES for t in tensors)
+
+
+def composite_reason(*tensors: Tensor | None) -> str | None:
+    """Why a call cannot run a kernel whatever its shapes, or None."""
+    if torch.compiler.is_compiling():
+        return None
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is active"
+    # The public forward_ad has no cheap way to ask whether a level is open.
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return "an input carries a forward-mode tangent"
+    return None
+
+
+def report(op: str, path: str, refused: dict[str, str]) -> None:
+    """Tells fused.explain, if it listens, which path a call takes and why not the others."""
+    if _listener is not None and not torch.compiler.is_compiling():
+        _listener(op, path, refused)
+
+
+@contextlib.contextmanager
+def listen(listener: Callable[[str, str, dict[str, str]], None]) -> Iterator[None]:
+    global _listener
+    previous, _listener = _listener, listener
+    try:
+        yield
+    finally:
+        _listener = previous
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def composite_gradients(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Any],
+    grad_outputs: Sequence[Tensor | None],
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `function(*inputs)`, differentiable again to any order.
+
+    For an `autograd.Function.backward` that finds gradients enabled: someone asked for
+    `create_graph=True`. Computes `function`, made of plain PyTorch operators, a second time.
+    Returns a gradient, or None, for each input.
+    """
+    with torch.enable_grad():
+        # Views, so that inputs which are one and the same tensor get gradients of their own.
+        views = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+        outputs = function(*views)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        pairs = [
+            (out, grad)
+            for out, grad in zip(outputs, grad_outputs, strict=True)
+            if grad is not None and out.requires_grad
+        ]
+        wanted = [x for x in views if isinstance(x, Tensor) and x.requires_grad]
+        grads = iter(
+            torch.autograd.grad(
+                [out for out, _ in pairs],
+                wanted,
+                [grad for _, grad in pairs],
+                create_graph=True,
+                allow_unused=True,
+            )
+        )
+    return tuple(
+        next(grads) if isinstance(x, Tensor) and x.requires_grad else None for x in views
+    )
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts to autocast's low-precision dtype where it is on, as PyTorch's own ops do.
+
+    Float64 tensors and those that are not floating stay as they are. Eager casts of parameters come
+    from autocast's cache, so that a cell that runs at every step casts its weights once.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    if is_traced(*tensors):
+        return tuple(
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64
+            else t
+            for t in tensors
+        )
+    return tuple(t if t is None else _kernels.autocast_cast(t, dtype) for t in tensors)

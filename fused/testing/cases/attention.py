@@ -1,0 +1,126 @@
+"""Cases of scaled dot-product attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """Shapes and options of one call; `make` draws its tensors."""
+
+    name: str
+    batch: int = 2
+    heads: int = 2
+    heads_kv: int | None = None
+    rows: int = 5
+    keys: int = 7
+    head_dim: int = 8
+    head_dim_v: int | None = None
+    mask: str | None = None  # "bool", "additive" and the shape that broadcasts: "bool [S, T]"
+    is_causal: bool = False
+    scale: float | None = None
+    layout: str = "contiguous"
+
+    def make(
+        self, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+    ) -> tuple[list[Tensor], dict[str, Any]]:
+        """(query, key, value), keyword arguments."""
+        generator = torch.Generator().manual_seed(seed)
+        heads_kv = self.heads if self.heads_kv is None else self.heads_kv
+        head_dim_v = self.head_dim if self.head_dim_v is None else self.head_dim_v
+
+        def draw(heads: int, length: int, width: int) -> Tensor:
+            shape = (self.batch, heads, length, width)
+            if self.layout == "heads last":  # as an input projection leaves them
+                x = torch.randn(self.batch, length, heads, width, generator=generator)
+                return x.to(device, dtype).transpose(1, 2)
+            if self.layout == "odd strides":  # rows of an odd pitch inside a larger tensor
+                x = torch.randn(self.batch, heads, length, width + 3, generator=generator)
+                return x.to(device, dtype)[..., 1 : width + 1]
+            if self.layout == "last dimension strided":
+                x = torch.randn(self.batch, heads, width, length, generator=generator)
+                return x.to(device, dtype).transpose(2, 3)
+            if self.layout == "expanded":
+                x = torch.randn(1, 1, length, width, generator=generator)
+                return x.to(device, dtype).expand(shape)
+            return torch.randn(shape, generator=generator).to(device, dtype)
+
+        tensors = [
+            draw(self.heads, self.rows, self.head_dim),
+            draw(heads_kv, self.keys, self.head_dim),
+            draw(heads_kv, self.keys, head_dim_v),
+        ]
+        options: dict[str, Any] = {"is_causal": self.is_causal, "scale": self.scale}
+        if heads_kv != self.heads:
+            options["enable_gqa"] = True
+        if self.mask is not None:
+            options["attn_mask"] = self._make_mask(dtype, device, generator)
+        return tensors, options
+
+    def _make_mask(
+        self, dtype: torch.dtype, device: torch.device | str, generator: torch.Generator
+    ) -> Tensor:
+        assert self.mask is not None
+        kind, _, shape_text = self.mask.partition(" ")
+        letters = {"B": self.batch, "H": self.heads, "S": self.rows, "T": self.keys, "1": 1}
+        shape = [letters[letter] for letter in shape_text.strip("[]").split(", ")]
+        noise = torch.randn(shape, generator=generator).to(device)
+        if kind == "bool":
+            return noise > -0.3
+        if kind == "blind":  # some rows see no key at all
+            mask = noise > -0.3
+            mask[..., ::2, :] = False
+            return mask
+        if kind == "float32":
+            return noise
+        if kind == "-inf":
+            return torch.where(noise > -0.3, 0.0, -torch.inf).to(dtype)
+        return noise.to(dtype)
+
+
+CASES = [
+    AttentionCase("plain"),
+    AttentionCase("one", batch=1, heads=1, rows=1, keys=1, head_dim=1),
+    AttentionCase("one row", rows=1, keys=70),
+    AttentionCase("one key", rows=70, keys=1),
+    AttentionCase("tiles", batch=1, rows=64, keys=64, head_dim=64),
+    AttentionCase("beyond tiles", batch=1, heads=1, rows=131, keys=99, head_dim=33),
+    AttentionCase("causal", rows=9, keys=9, is_causal=True),
+    AttentionCase("causal beyond tiles", batch=1, rows=133, keys=133, is_causal=True),
+    AttentionCase("causal wide", rows=5, keys=70, is_causal=True),
+    AttentionCase("causal tall", rows=70, keys=5, is_causal=True),
+    AttentionCase("grouped heads", heads=6, heads_kv=2),
+    AttentionCase("one key head", heads=4, heads_kv=1, is_causal=True, rows=40, keys=40),
+    AttentionCase("narrow values", head_dim=24, head_dim_v=5),
+    AttentionCase("wide values", head_dim=5, head_dim_v=130),
+    AttentionCase("head_dim 80", batch=1, head_dim=80, rows=34, keys=35),
+    AttentionCase("head_dim 257", batch=1, heads=1, head_dim=257),
+    AttentionCase("head_dim 512", batch=1, heads=1, head_dim=512, rows=3, keys=34),
+    AttentionCase("scale", scale=0.3),
+    AttentionCase("scale 0", scale=0.0),
+    AttentionCase("bool [S, T]", mask="bool [S, T]"),
+    AttentionCase("bool [B, 1, 1, T]", mask="bool [B, 1, 1, T]"),
+    AttentionCase("bool [B, H, S, T]", mask="bool [B, H, S, T]", rows=66, keys=40),
+    AttentionCase("bool [H, 1, T]", mask="bool [H, 1, T]"),
+    AttentionCase("bool [1, 1, S, 1]", mask="bool [1, 1, S, 1]"),
+    AttentionCase("blind [B, 1, S, T]", mask="blind [B, 1, S, T]"),
+    AttentionCase("blind [S, T] beyond tiles", mask="blind [S, T]", rows=67, keys=67),
+    AttentionCase("additive [S, T]", mask="additive [S, T]"),
+    AttentionCase("additive [B, H, S, T]", mask="additive [B, H, S, T]", heads=4, heads_kv=2),
+    AttentionCase("additive [T]", mask="additive [T]"),
+    AttentionCase("additive [1, H, 1, T]", mask="additive [1, H, 1, T]", rows=33, keys=65),
+    AttentionCase("float32 [S, T]", mask="float32 [S, T]"),
+    AttentionCase("-inf [B, 1, S, T]", mask="-inf [B, 1, S, T]"),
+    AttentionCase("heads last", layout="heads last", rows=34, keys=34, is_causal=True),
+    AttentionCase("odd strides", layout="odd strides"),
+    AttentionCase("last dimension strided", layout="last dimension strided"),
+    AttentionCase("expanded", layout="expanded"),
+    AttentionCase("no batch", batch=0),
+    AttentionCase("no rows", rows=0),
+    AttentionCase("no keys", keys=0),
+]
