@@ -32,26 +32,20 @@ def stock_precision(tensor: Tensor) -> Tensor:
 
 
 def run_stock(tensors: list[Tensor], options: dict, grad_out: Tensor) -> tuple[Tensor, ...]:
-    """The same maths by PyTorch's operators in the tensors' own dtype (float32 for float64).
+    """PyTorch's own operator in the tensors' dtype (float32 for float64).
 
-    Not F.scaled_dot_product_attention: a float32 mask with half-precision inputs makes it NaN.
+    Where it refuses a mask of another dtype or gives NaN for it, the same maths in plain operators.
     """
-    inputs = [stock_precision(t.detach().clone()).requires_grad_() for t in tensors]
-    q, k, v = inputs
-    group = q.shape[1] // max(k.shape[1], 1)
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    scale = options["scale"] if options["scale"] is not None else q.shape[-1] ** -0.5
-    scores = (q * scale) @ k.transpose(-2, -1)
-    if options["is_causal"]:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-        scores = scores.masked_fill(~visible, -torch.inf)
+    q, k, v = inputs = [stock_precision(t.detach().clone()).requires_grad_() for t in tensors]
     mask = options.get("attn_mask")
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    scores = scores.to(q.dtype)
-    blind = (scores == -torch.inf).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0)
-    out = weights @ v
+    if mask is None or mask.dtype == torch.bool:
+        out = F.scaled_dot_product_attention(q, k, v, **options)
+    else:
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + mask).to(q.dtype)
+        blind = (scores == -torch.inf).all(-1, keepdim=True)
+        out = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0) @ v
     return (out, *gradients(out, inputs, grad_out))
 
 
