@@ -2,7 +2,7 @@
 
 FUSED_CUDA=0|1         without CUDA kernels; or with them or not at all. Unset: with them where
                        torch is a CUDA build and there is an nvcc of its major version.
-CUDA_HOME, CUDA_PATH   the toolkit to use, ahead of PATH, /usr/local/cuda and PyPI's wheels.
+CUDA_HOME, CUDA_PATH   the toolkit to use, ahead of PATH and of PyPI's wheels.
 TORCH_CUDA_ARCH_LIST   as for torch's own extensions: "8.0 9.0a 12.0+PTX"
 """
 
@@ -150,7 +150,6 @@ def _candidates(torch: Torch) -> Iterator[str]:
             yield os.path.join(os.environ[variable], "bin", "nvcc")
     if on_path := shutil.which("nvcc"):
         yield on_path
-    yield "/usr/local/cuda/bin/nvcc"
     # PyPI's wheels, in the build environment or beside torch.
     for folder in [*sys.path, str(torch.root.parent)]:
         yield os.path.join(folder, "nvidia", f"cu{_major(torch)}", "bin", "nvcc")
