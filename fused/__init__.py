@@ -2,5 +2,6 @@
 
 from fused import functional
 from fused._version import __version__
+from fused.optim import SGD, Adam, AdamW
 
-__all__ = ["__version__", "functional"]
+__all__ = ["SGD", "Adam", "AdamW", "__version__", "functional"]
