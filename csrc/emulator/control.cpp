@@ -1,7 +1,6 @@
 #include "emulator/control.h"
 
 #include <mutex>
-#include <unordered_map>
 
 namespace fused::emulator {
 namespace {
@@ -9,7 +8,7 @@ namespace {
 struct State {
   std::mutex mutex;
   Settings settings;
-  std::unordered_map<const void*, int64_t> launches;
+  std::map<std::string, int64_t> launches;
 };
 
 State& state() {
@@ -32,15 +31,14 @@ void set_settings(const Settings& settings) {
 size_t shared_limit() { return settings().shared_limit; }
 
 void count_launch(const void* kernel) {
+  const std::string name = kernel_name(kernel);
   const std::lock_guard<std::mutex> lock(state().mutex);
-  ++state().launches[kernel];
+  ++state().launches[name];
 }
 
 std::map<std::string, int64_t> launch_counts() {
   const std::lock_guard<std::mutex> lock(state().mutex);
-  std::map<std::string, int64_t> counts;
-  for (const auto& [kernel, count] : state().launches) counts[kernel_name(kernel)] += count;
-  return counts;
+  return state().launches;
 }
 
 }  // namespace fused::emulator

@@ -86,9 +86,7 @@ const Symbols& symbols_of(const char* path) {
   return file->second;
 }
 
-}  // namespace
-
-std::string kernel_name(const void* kernel) {
+std::string look_up(const void* kernel) {
   Dl_info info;
   if (!dladdr(kernel, &info) || !info.dli_fname) return "unknown kernel";
   const Symbols& symbols = symbols_of(info.dli_fname);
@@ -100,6 +98,17 @@ std::string kernel_name(const void* kernel) {
     if (symbol != symbols.end()) return without_signature(demangled(symbol->second));
   }
   return "unknown kernel";
+}
+
+}  // namespace
+
+std::string kernel_name(const void* kernel) {
+  static std::mutex mutex;
+  static auto& names = *new std::unordered_map<const void*, std::string>;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::string& name = names[kernel];
+  if (name.empty()) name = look_up(kernel);
+  return name;
 }
 
 std::vector<std::string> instances_of(const std::vector<std::string>& names) {

@@ -1,8 +1,8 @@
 """Runs the CUDA kernels on CPU tensors, by the emulator in csrc/emulator (docs/emulator.md).
 
-with emulated_cuda("reverse") as launches:
-    out = fused.functional.scaled_dot_product_attention(q, k, v)
-assert launches.counts()
+    with emulated_cuda() as launches:
+        out = fused.functional.scaled_dot_product_attention(q, k, v)
+    assert launches.counts()
 
 Needs fused's source tree: the module that holds the emulated kernels is built on first use, and is
 not part of what is installed.
@@ -15,11 +15,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -30,7 +31,7 @@ from fused import _route
 VARIANT = os.environ.get("FUSED_EMULATED_VARIANT", "plain")
 SHARED_LIMIT_SM75 = 64 * 1024
 
-# In one of these orders a race shows, if its threads are not ordered otherwise. A number seeds a
+# A race shows in one of these orders, unless something else orders its threads. A number seeds a
 # random order.
 ORDERS: tuple[str | int, ...] = ("forward", "reverse", 1)
 
@@ -85,26 +86,36 @@ class Launches:
 
 @contextlib.contextmanager
 def emulated_cuda(
-    order: str | int = "forward", *, shared_limit: int = SHARED_LIMIT_SM75
+    order: str | int | None = None, *, shared_limit: int = SHARED_LIMIT_SM75
 ) -> Iterator[Launches]:
     """CPU tensors run the emulated CUDA kernels instead of the CPU kernels.
 
     `order` is the order in which threads and blocks run: "forward", "reverse", or a number, the
-    seed of a random one. A block may have `shared_limit` bytes of shared memory. For the whole
-    process, because autograd runs backward on threads of its own.
+    seed of a random one. By default the first calls that launch a kernel run in every order of
+    `ORDERS` and must give the same bits, and later ones in one order after the other. A block may
+    have `shared_limit` bytes of shared memory.
+
+    For the whole process, because autograd runs backward on threads of its own.
     """
     global _settings
     before = _settings
-    name, seed = (order, 0) if isinstance(order, str) else ("random", order)
+    _settings = before._replace(shared_limit=shared_limit, num_os_threads=torch.get_num_threads())
     kernels = module()
-    _settings = _Settings(name, seed, shared_limit, torch.get_num_threads())
-    kernels.emulator.configure(**_settings._asdict())
+    if order is None:
+        kernels = cast(ModuleType, _InEveryOrder(kernels))
+    else:
+        _set_order(order)
     try:
         with _route.use_kernels(kernels), _empty_is_nan():
             yield Launches()
     finally:
         _settings = before
-        kernels.emulator.configure(**before._asdict())
+        module().emulator.configure(**before._asdict())
+
+
+def _set_order(order: str | int) -> None:
+    name, seed = (order, 0) if isinstance(order, str) else ("random", order)
+    module().emulator.configure(**_settings._replace(order=name, seed=seed)._asdict())
 
 
 @contextlib.contextmanager
@@ -119,31 +130,67 @@ def _empty_is_nan() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def assert_same_in_every_order(run: Callable[[], Any]) -> Any:
-    """Runs `run` on the emulated kernels in three thread orders and compares every bit.
-
-    `run` starts from the same state each time and returns tensors in any nesting; what the first
-    run returned is returned.
-    """
-    results = []
-    for order in ORDERS:
-        with emulated_cuda(order) as launches:
-            results.append(run())
-        assert launches.counts(), "no kernel was launched"
-    first, spec = pytree.tree_flatten(results[0])
-    for order, result in zip(ORDERS[1:], results[1:], strict=True):
-        leaves, other_spec = pytree.tree_flatten(result)
-        assert spec == other_spec
-        for index, (expected, found) in enumerate(zip(first, leaves, strict=True)):
-            where = f"result {index} in the order {order!r}"
-            if isinstance(expected, torch.Tensor):
-                assert expected.shape == found.shape, where
-                differing = int((_bits(expected) != _bits(found)).sum())
-                assert differing == 0, f"{where}: {differing} bytes differ from forward order"
-            else:
-                assert expected == found, where
-    return results[0]
+# So many calls per kernel are repeated in the other orders. The first cases of a list are small.
+_CALLS_IN_EVERY_ORDER = 8
+_calls_in_every_order: Counter[str] = Counter()
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+def kernels_run_in_every_order() -> set[str]:
+    """The kernels that ran in all of `ORDERS` since the process began, with the same bits."""
+    return set(_calls_in_every_order)
+
+
+class _InEveryOrder:
+    """Stands for the emulated module: repeats a call in another order, and compares."""
+
+    def __init__(self, kernels: ModuleType) -> None:
+        self._kernels = kernels
+        self._num_calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._kernels, name)
+        return partial(self._call, name, value) if callable(value) else value
+
+    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+        storages = _storages_of(args)
+        inputs = [storage.clone() for storage in storages]
+        _set_order(ORDERS[self._num_calls % len(ORDERS)])
+        self._num_calls += 1
+        launches = Launches()
+        result = function(*args)
+        launched = launches.counts()
+        if all(_calls_in_every_order[kernel] >= _CALLS_IN_EVERY_ORDER for kernel in launched):
+            return result
+        expected = [*map(_bits, _tensors_of(result)), *(storage.clone() for storage in storages)]
+        for order in ORDERS:
+            for storage, content in zip(storages, inputs, strict=True):
+                storage.copy_(content)
+            _set_order(order)
+            again = function(*args)
+            found = [*map(_bits, _tensors_of(again)), *storages]
+            for index, (one, other) in enumerate(zip(expected, found, strict=True)):
+                difference = _num_differing_bytes(one, other)
+                assert difference == 0, (
+                    f"{name}: output {index} differs in {difference} bytes when the threads of "
+                    f"{', '.join(launched)} run in the order {order!r}"
+                )
+        _calls_in_every_order.update(launched.keys())
+        return result
+
+
+def _tensors_of(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _storages_of(tree: Any) -> list[torch.UntypedStorage]:
+    storages = (tensor.untyped_storage() for tensor in _tensors_of(tree))
+    return list({storage.data_ptr(): storage for storage in storages}.values())
+
+
+def _bits(tensor: torch.Tensor) -> torch.UntypedStorage:
+    return tensor.detach().clone(memory_format=torch.contiguous_format).untyped_storage()
+
+
+def _num_differing_bytes(one: torch.UntypedStorage, other: torch.UntypedStorage) -> int:
+    a, b = (torch.empty(0, dtype=torch.uint8).set_(storage) for storage in (one, other))
+    return int((a != b).sum())
