@@ -1,0 +1,311 @@
+"""LSTM: the cell and one layer over all time steps; signature, routing and derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused import _route
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def lstm_cell(
+    input: Tensor,
+    hx: tuple[Tensor, Tensor] | list[Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM: gates, cell and hidden update in one kernel after the two products.
+
+    Signature and meaning of :func:`torch.lstm_cell`.
+
+    Args:
+        input: ``[B, I]``, float32, float64, float16 or bfloat16.
+        hx: the hidden and the cell state, each ``[B, H]``.
+        w_ih: ``[4H, I]``, in the order of the input, forget, cell and output gate.
+        w_hh: ``[4H, H]``.
+        b_ih: ``[4H]``, or None for no bias.
+        b_hh: ``[4H]``, or None for no bias.
+
+    Returns:
+        The next hidden and cell state, each ``[B, H]``.
+
+    Raises:
+        TypeError: dtypes that differ or that are not floating.
+        ValueError: shapes or devices that do not go together.
+    """
+    h, c = hx
+    given = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    reason = _route.composite_reason(*given) or unsupported(*given)
+    if reason is not None:
+        _route.report("lstm_cell", "composite", {"kernel": reason})
+        return torch.lstm_cell(input, (h, c), w_ih, w_hh, b_ih, b_hh)
+    _route.report("lstm_cell", "kernel", {"composite": "a kernel covers this call"})
+    tensors = _route.autocast(input.device.type, *given)
+    if _route.is_traced(*tensors):
+        h_next, c_next, _ = torch.ops.fused.lstm_cell_forward(*tensors)
+    elif _route.needs_grad(*tensors):
+        h_next, c_next = LSTMCellFunction.apply(*tensors)
+    else:
+        h_next, c_next, _ = _route.kernels().lstm_cell_forward(*tensors)
+    if tensors[0] is not input or tensors[2] is not c:
+        # On the CPU autocast reaches only the products in PyTorch's own cell, so that the state
+        # keeps its precision; on other devices it casts the whole cell.
+        state = state_dtype(c, tensors[2])
+        h_next, c_next = h_next.to(state), c_next.to(state)
+    return h_next, c_next
+
+
+def state_dtype(given: Tensor, cast: Tensor) -> torch.dtype:
+    """The dtype of a state that PyTorch's own LSTM returns, for one given that autocast casts."""
+    on_cpu = given.device.type == "cpu"
+    return torch.promote_types(given.dtype, cast.dtype) if on_cpu else cast.dtype
+
+
+def lstm_layer(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One layer in one direction over all time steps, for :class:`fused.LSTM`.
+
+    Args:
+        input: ``[T, B, D]``, or ``[N, D]`` with the ``batch_sizes`` of a PackedSequence.
+        h0: ``[B, P]``; P is H where there is no projection.
+        c0: ``[B, H]``.
+        w_hr: ``[P, H]``, projects each hidden state, or None.
+        reverse: begin at the last time step.
+
+    Returns:
+        output ``[T, B, P]`` or ``[N, P]``, and the last hidden and cell state.
+    """
+    tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
+    options = (batch_sizes, reverse)
+    reason = _route.composite_reason(*tensors)
+    if reason is not None:
+        _route.report("lstm", "composite", {"kernel": reason})
+        return lstm_layer_composite(*tensors, *options)
+    _route.report("lstm", "kernel", {"composite": "a kernel covers this call"})
+    if _route.is_traced(*tensors):
+        return torch.ops.fused.lstm_layer_forward(*tensors, *options)[:3]
+    if _route.needs_grad(*tensors):
+        return LSTMLayerFunction.apply(*tensors, *options)
+    return _route.kernels().lstm_layer_forward(*tensors, *options)[:3]
+
+
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors, or None. PyTorch's own operator takes what is left."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.layout != torch.strided:
+            return "an input is sparse or of another layout"
+        if t.device.type not in ("cpu", "cuda", "meta"):
+            return f"no kernel for device {t.device.type}"
+        if t.dtype not in _DTYPES:
+            return f"no kernel for dtype {t.dtype}"
+    return None
+
+
+class LSTMCellFunction(torch.autograd.Function):
+    """The cell's kernels as one differentiable function of input, states and weights."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        h_next, c_next, gates = _route.kernels().lstm_cell_forward(*tensors)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, c_next, gates)
+        return h_next, c_next
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *tensors, c_next, gates = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _route.composite_gradients(lstm_cell_composite, tensors, (grad_h, grad_c))
+        run = (
+            torch.ops.fused.lstm_cell_backward
+            if _route.is_traced(grad_h, grad_c)
+            else _route.kernels().lstm_cell_backward
+        )
+        return _cell_gradients(run, grad_h, grad_c, tensors, c_next, gates, ctx.needs_input_grad)
+
+
+def _cell_gradients(
+    run: Any,
+    grad_h: Tensor | None,
+    grad_c: Tensor | None,
+    tensors: list[Tensor],
+    c_next: Tensor,
+    gates: Tensor,
+    needs_input_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    needs_bias = needs_input_grad[5] or needs_input_grad[6]
+    needs = [*needs_input_grad[:5], needs_bias]
+    grads = run(grad_h, grad_c, *tensors[:5], c_next, gates, needs)
+    grads = (*grads[:5], grads[5], grads[5])
+    return tuple(g if needed else None for g, needed in zip(grads, needs_input_grad, strict=True))
+
+
+class LSTMLayerFunction(torch.autograd.Function):
+    """The layer's kernels as one differentiable function of input, states and weights."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output, h_n, c_n, *saved = _route.kernels().lstm_layer_forward(*arguments)
+        *tensors, batch_sizes, ctx.reverse = arguments
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, batch_sizes, output, *saved)
+        return output, h_n, c_n
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, batch_sizes = ctx.saved_tensors[:8], ctx.saved_tensors[8]
+        saved = ctx.saved_tensors[9:]
+        if torch.is_grad_enabled():  # create_graph=True
+            inputs = (*tensors, batch_sizes, ctx.reverse)
+            return _route.composite_gradients(lstm_layer_composite, inputs, grad_outputs)
+        run = (
+            torch.ops.fused.lstm_layer_backward
+            if _route.is_traced(*grad_outputs)
+            else _route.kernels().lstm_layer_backward
+        )
+        options = (batch_sizes, ctx.reverse)
+        return _layer_gradients(run, grad_outputs, tensors, options, saved, ctx.needs_input_grad)
+
+
+def _layer_gradients(
+    run: Any,
+    grad_outputs: tuple[Tensor | None, ...],
+    tensors: tuple[Tensor, ...],
+    options: tuple[Tensor | None, bool],
+    saved: tuple[Tensor, ...],
+    needs_input_grad: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    needs = [*needs_input_grad[:5], needs_input_grad[5] or needs_input_grad[6], needs_input_grad[7]]
+    grads = run(*grad_outputs, *tensors[:5], tensors[7], *options, *saved, needs)
+    grads = (*grads[:5], grads[5], grads[5], grads[6], None, None)
+    return tuple(g if needed else None for g, needed in zip(grads, needs_input_grad, strict=True))
+
+
+def lstm_cell_composite(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The cell in plain PyTorch operators, for derivatives of derivatives and torch.func."""
+    linear = torch.nn.functional.linear
+    i, f, g, o = (linear(input, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, dim=-1)
+    c_next = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c_next.tanh(), c_next
+
+
+def lstm_layer_composite(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The layer in plain PyTorch operators, for derivatives of derivatives and torch.func."""
+    steps = list(input.unbind(0) if batch_sizes is None else input.split(batch_sizes.tolist()))
+    h, c, outputs = h0, c0, []
+    for x in reversed(steps) if reverse else steps:
+        rows = x.shape[0]
+        h_next, c_next = lstm_cell_composite(x, h[:rows], c[:rows], w_ih, w_hh, b_ih, b_hh)
+        if w_hr is not None:
+            h_next = torch.nn.functional.linear(h_next, w_hr)
+        outputs.append(h_next)
+        h, c = torch.cat([h_next, h[rows:]]), torch.cat([c_next, c[rows:]])
+    if reverse:
+        outputs.reverse()
+    return (torch.stack(outputs) if batch_sizes is None else torch.cat(outputs)), h, c
+
+
+def _empty_unless(needed: bool, like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape if needed else (0,))
+
+
+@torch.library.register_fake("fused::lstm_cell_forward")
+def _(input, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[no-untyped-def]
+    batch, hidden = c.shape
+    return c.new_empty(c.shape), c.new_empty(c.shape), c.new_empty(batch, 4 * hidden)
+
+
+@torch.library.register_fake("fused::lstm_cell_backward")
+def _(grad_h_next, grad_c_next, input, h, c, w_ih, w_hh, c_next, gates, needs):  # type: ignore[no-untyped-def]
+    tensors = (input, h, c, w_ih, w_hh)
+    grads = [_empty_unless(n, t, *t.shape) for t, n in zip(tensors, needs[:5], strict=True)]
+    return (*grads, _empty_unless(needs[5], input, 4 * c.shape[1]))
+
+
+@torch.library.register_fake("fused::lstm_layer_forward")
+def _(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):  # type: ignore[no-untyped-def]
+    hidden_size = c0.shape[1]
+    rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
+    output = input.new_empty(*input.shape[:-1], h0.shape[1])
+    gates, cells = input.new_empty(rows, 4 * hidden_size), input.new_empty(rows, hidden_size)
+    hidden = input.new_empty((0, 0) if w_hr is None else (rows, hidden_size))
+    return output, h0.new_empty(h0.shape), c0.new_empty(c0.shape), gates, cells, hidden
+
+
+@torch.library.register_fake("fused::lstm_layer_backward")
+def _(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, w_hr, *rest):  # type: ignore[no-untyped-def]
+    needs = rest[-1]
+    tensors = (input, h0, c0, w_ih, w_hh)
+    grads = [_empty_unless(n, t, *t.shape) for t, n in zip(tensors, needs[:5], strict=True)]
+    bias = _empty_unless(needs[5], input, 4 * c0.shape[1])
+    projection = (0,) if w_hr is None else w_hr.shape
+    return (*grads, bias, _empty_unless(needs[6], input, *projection))
+
+
+def _setup_cell(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
+
+
+def _backward_cell(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *tensors, c_next, gates = ctx.saved_tensors
+    run = torch.ops.fused.lstm_cell_backward
+    return _cell_gradients(run, grad_h, grad_c, tensors, c_next, gates, ctx.needs_input_grad)
+
+
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[0], *output[3:])
+
+
+def _backward_layer(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    tensors, batch_sizes, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    run = torch.ops.fused.lstm_layer_backward
+    options = (batch_sizes, ctx.reverse)
+    return _layer_gradients(run, grads[:3], tensors, options, saved, ctx.needs_input_grad)
+
+
+torch.library.register_autograd(
+    "fused::lstm_cell_forward", _backward_cell, setup_context=_setup_cell
+)
+torch.library.register_autograd(
+    "fused::lstm_layer_forward", _backward_layer, setup_context=_setup_layer
+)
