@@ -2,6 +2,7 @@
 
 from fused import functional
 from fused._version import __version__
+from fused.modules import LSTM, LSTMCell
 from fused.optim import SGD, Adam, AdamW
 
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "functional"]
+__all__ = ["LSTM", "LSTMCell", "SGD", "Adam", "AdamW", "__version__", "functional"]

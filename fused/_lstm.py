@@ -40,13 +40,15 @@ def lstm_cell(
         ValueError: shapes or devices that do not go together.
     """
     h, c = hx
-    given = (input, h, c, w_ih, w_hh, b_ih, b_hh)
-    reason = _route.composite_reason(*given) or unsupported(*given)
+    given = tensors = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    reason = _route.composite_reason(*given)
+    if reason is None:
+        tensors = _route.autocast(input.device.type, *given)
+        reason = unsupported(*tensors)
     if reason is not None:
         _route.report("lstm_cell", "composite", {"kernel": reason})
         return torch.lstm_cell(input, (h, c), w_ih, w_hh, b_ih, b_hh)
     _route.report("lstm_cell", "kernel", {"composite": "a kernel covers this call"})
-    tensors = _route.autocast(input.device.type, *given)
     if _route.is_traced(*tensors):
         h_next, c_next, _ = torch.ops.fused.lstm_cell_forward(*tensors)
     elif _route.needs_grad(*tensors):
@@ -106,7 +108,10 @@ def lstm_layer(
 
 
 def unsupported(*tensors: Tensor | None) -> str | None:
-    """Why no kernel takes these tensors, or None. PyTorch's own operator takes what is left."""
+    """Why no kernel takes (input, h, c, *weights), or None. PyTorch's operator takes what is left."""
+    input, h, c, *weights = tensors
+    if c.dtype != input.dtype and all(t is None or t.dtype == input.dtype for t in (h, *weights)):
+        return f"c is {c.dtype}, all else {input.dtype}"  # which PyTorch promotes
     for t in tensors:
         if t is None:
             continue

@@ -1,0 +1,5 @@
+"""Drop-in modules: the constructors, `state_dict` and meaning of their twins in `torch.nn`."""
+
+from fused.modules.lstm import LSTM, LSTMCell
+
+__all__ = ["LSTM", "LSTMCell"]
