@@ -13,7 +13,6 @@ from fused._lstm import lstm_layer
 from fused.functional import lstm_cell
 from fused.testing import assert_as_accurate_as_stock
 from fused.testing.cases.lstm import CASES, CELL_CASES, LSTMCase, LSTMCellCase
-from fused.testing.emulator import assert_same_in_every_order
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 CELL_NAMES = ("input", "h", "c", "w_ih", "w_hh", "b_ih", "b_hh")
@@ -175,18 +174,6 @@ def test_a_repeated_run_is_bitwise_equal(case: LSTMCase, backend: torch.device) 
         return with_gradients(outputs, inputs, draw_like(outputs))
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
-
-
-@pytest.mark.parametrize("case", [CASES[4], CASES[15]], ids=lambda case: case.name)
-def test_emulated_threads_in_any_order_give_the_same(case: LSTMCase) -> None:
-    tensors, options = case.make(torch.float16, "cpu")
-
-    def run() -> list[Tensor]:
-        inputs = leaves(tensors, torch.float16)
-        outputs = lstm_layer(*inputs, **options)
-        return with_gradients(outputs, inputs, draw_like(outputs))
-
-    assert_same_in_every_order(run)
 
 
 def test_inputs_are_left_as_they_were(backend: torch.device) -> None:
