@@ -1,8 +1,22 @@
 """Accelerated kernels for PyTorch: drop-in functions, modules and optimizers."""
 
 from fused import functional
+from fused._explain import explain
+from fused._patch import patch, unpatch
 from fused._version import __version__
-from fused.modules import LSTM, LSTMCell
+from fused.modules import LSTM, Attention, LSTMCell
 from fused.optim import SGD, Adam, AdamW
 
-__all__ = ["LSTM", "LSTMCell", "SGD", "Adam", "AdamW", "__version__", "functional"]
+__all__ = [
+    "LSTM",
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Attention",
+    "LSTMCell",
+    "__version__",
+    "explain",
+    "functional",
+    "patch",
+    "unpatch",
+]

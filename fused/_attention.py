@@ -58,15 +58,18 @@ def scaled_dot_product_attention(
         raise RuntimeError(
             "attention: is_causal must be False where attn_mask is given, got both"
         )
-    reason = _route.composite_reason(query, key, value, attn_mask) or _unsupported(
-        query, key, value, attn_mask, enable_gqa
-    )
+    transform = _route.composite_reason(query, key, value, attn_mask)
+    reason = transform or _unsupported(query, key, value, attn_mask, enable_gqa)
+    _route.report("attention", query.device, reason)
     if reason is not None:
-        _route.report("attention", "composite", {"kernel": reason})
-        return F.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    _route.report("attention", "kernel", {"composite": "a kernel covers this call"})
+        if attn_mask is not None and attn_mask.is_floating_point():
+            attn_mask = attn_mask.to(query.dtype)
+        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
+        if transform is not None:
+            # Of PyTorch's own variants, the one that has every derivative.
+            math_variant = torch.ops.aten._scaled_dot_product_attention_math
+            return math_variant(*arguments, scale=scale, enable_gqa=enable_gqa)[0]
+        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])

@@ -27,8 +27,9 @@ from fused import _load
 _kernels: ModuleType = _load.load()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
-# What fused.explain listens to: called with (op, path, {refused path: reason}).
-_listener: Callable[[str, str, dict[str, str]], None] | None = None
+# What fused.explain listens to: called with (op, device, why no kernel runs or None).
+Listener = Callable[[str, torch.device, str | None], None]
+_listener: Listener | None = None
 
 
 def kernels() -> ModuleType:
@@ -68,14 +69,14 @@ def composite_reason(*tensors: Tensor | None) -> str | None:
     return None
 
 
-def report(op: str, path: str, refused: dict[str, str]) -> None:
-    """Tells fused.explain, if it listens, which path a call takes and why not the others."""
+def report(op: str, device: torch.device, reason: str | None) -> None:
+    """Tells fused.explain, if it listens, that `op` runs a kernel, or why the composite path."""
     if _listener is not None and not torch.compiler.is_compiling():
-        _listener(op, path, refused)
+        _listener(op, device, reason)
 
 
 @contextlib.contextmanager
-def listen(listener: Callable[[str, str, dict[str, str]], None]) -> Iterator[None]:
+def listen(listener: Listener) -> Iterator[None]:
     global _listener
     previous, _listener = _listener, listener
     try:

@@ -1,5 +1,6 @@
 """Drop-in modules: the constructors, `state_dict` and meaning of their twins in `torch.nn`."""
 
+from fused.modules.attention import Attention
 from fused.modules.lstm import LSTM, LSTMCell
 
-__all__ = ["LSTM", "LSTMCell"]
+__all__ = ["LSTM", "Attention", "LSTMCell"]

@@ -1,0 +1,199 @@
+"""Attention where others look at it: derivatives, opcheck, compiled and exported graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+import fused
+from fused.functional import scaled_dot_product_attention
+from fused.testing.cases.attention import CASES, AttentionCase
+
+SMALL = [AttentionCase("small", 1, 2, 1, rows=3, keys=4, head_dim=3, head_dim_v=2, mask="bool [S, T]")]
+
+
+def double_inputs(case: AttentionCase) -> tuple[list[Tensor], dict]:
+    tensors, options = case.make(torch.float64, "cpu")
+    return [t.detach().requires_grad_() for t in tensors], options
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_first_and_second_derivatives(causal: bool, backend: torch.device) -> None:
+    inputs, options = double_inputs(SMALL[0])
+    if causal:
+        options = {"is_causal": True, "enable_gqa": True}
+
+    def function(*qkv: Tensor) -> Tensor:
+        return scaled_dot_product_attention(*qkv, **options)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_second_derivative_with_dropout() -> None:
+    from fused._attention import AttentionFunction
+
+    inputs, _ = double_inputs(AttentionCase("dropout", 1, 1, rows=4, keys=6, head_dim=2))
+    rng = torch.tensor([5, 6])
+
+    def function(*qkv: Tensor) -> Tensor:
+        return AttentionFunction.apply(*qkv, None, rng, 0.3, False, None)
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_forward_mode_and_functorch() -> None:
+    (q, k, v), _ = AttentionCase("plain").make(torch.float64, "cpu")
+
+    def loss(q: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v).square().sum()
+
+    expected = torch.autograd.functional.jacobian(loss, q)
+    torch.testing.assert_close(torch.func.grad(loss)(q), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(q, torch.ones_like(q))
+        tangent = forward_ad.unpack_dual(loss(dual)).tangent
+    torch.testing.assert_close(tangent, expected.sum())
+    batched = torch.func.vmap(lambda x: scaled_dot_product_attention(x, x, x))(q)
+    torch.testing.assert_close(batched, scaled_dot_product_attention(q, q, q))
+
+
+OPCHECK_CASES = ["plain", "causal wide", "grouped heads", "bool [H, 1, T]", "additive [S, T]",
+                 "heads last", "no rows", "wide values"]
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name in OPCHECK_CASES], ids=lambda c: c.name)
+def test_opcheck(case: AttentionCase) -> None:
+    (q, k, v), options = case.make(torch.float32, "cpu")
+    constants = (options.get("attn_mask"), None, 0.0, options["is_causal"], options["scale"])
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(torch.ops.fused.attention_forward.default, (*leaves, *constants))
+    out, lse = torch.ops.fused.attention_forward(q, k, v, *constants)
+    torch.library.opcheck(
+        torch.ops.fused.attention_backward.default,
+        (torch.ones_like(out), None, q, k, v, out, lse, *constants),
+    )
+
+
+def test_compiled_graph_with_dynamic_shapes() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def compiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True) * 2
+
+    for rows in (5, 9, 17):
+        q, k, v = (torch.randn(2, 2, rows, 8, requires_grad=True) for _ in range(3))
+        out, expected = compiled(q, k, v), scaled_dot_product_attention(q, k, v, is_causal=True) * 2
+        torch.testing.assert_close(out, expected)
+        grad_out = torch.randn_like(out)
+        for a, b in zip(
+            torch.autograd.grad(out, (q, k, v), grad_out),
+            torch.autograd.grad(expected, (q, k, v), grad_out),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b)
+
+
+class Parent(nn.Module):
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.attention = fused.Attention(16, 4, batch_first=True, **options)
+        self.norm = nn.LayerNorm(16)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x + self.attention(
+            self.norm(x), self.norm(x), self.norm(x), key_padding_mask=mask, need_weights=False
+        )[0]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_module_in_a_compiled_parent(dropout: float) -> None:
+    parent = Parent(dropout=dropout)
+    compiled = torch.compile(parent, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (4, 7):
+        x = torch.randn(2, length, 16)
+        mask = torch.zeros(2, length, dtype=torch.bool)
+        mask[0, -2:] = True
+        out = compiled(x, mask)
+        out.sum().backward()
+        assert all(p.grad.isfinite().all() for p in parent.parameters())
+        if dropout == 0:
+            torch.testing.assert_close(out, parent(x, mask))
+
+
+def test_exported_module() -> None:
+    parent = Parent().eval()
+    length = torch.export.Dim("length", min=2, max=64)
+    program = torch.export.export(
+        parent, (torch.randn(2, 5, 16),), dynamic_shapes={"x": {1: length}}
+    )
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert "fused.attention_forward.default" in targets
+    x = torch.randn(2, 11, 16)
+    torch.testing.assert_close(program.module()(x), parent(x))
+
+
+def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    with Watch():
+        scaled_dot_product_attention(q, q, q).sum().backward()
+    assert "fused.attention_forward.default" in seen
+    assert "fused.attention_backward.default" in seen
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(q)
+        out = scaled_dot_product_attention(fake, fake, fake)
+    assert type(out) is type(fake) and out.shape == q.shape
+
+
+def test_stale_graph_raises() -> None:
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    k = torch.randn(1, 2, 3, 4)
+    out = scaled_dot_product_attention(q, k, k)
+    k.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_profiler_names_the_kernel() -> None:
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        scaled_dot_product_attention(q, q, q).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"fused::attention_forward", "fused::attention_backward"} <= names
+
+
+def test_checkpointing_replays_the_same_dropout() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    q = torch.randn(1, 2, 30, 8, dtype=torch.float64, requires_grad=True)
+
+    def block(q: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+
+    grads = []
+    for run in (block, lambda q: checkpoint(block, q, use_reentrant=False)):
+        torch.manual_seed(3)
+        grads.append(torch.autograd.grad(run(q).sum(), q)[0])
+    assert torch.equal(*grads)
+
+
+def test_autocast_casts_as_stock_does() -> None:
+    q = torch.randn(1, 2, 3, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = scaled_dot_product_attention(q, q, q)
+        stock = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert out.dtype == stock.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32

@@ -1,0 +1,82 @@
+"""The samples that PyTorch's own test suite keeps for attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_utils import freeze_rng_state
+
+import fused
+from fused.functional import scaled_dot_product_attention
+
+OP = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
+MODULE = next(info for info in module_db if info.module_cls is torch.nn.MultiheadAttention)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_op_samples(dtype: torch.dtype) -> None:
+    samples = list(OP.sample_inputs("cpu", dtype, requires_grad=True))
+    compared = 0
+    for sample in samples:
+        with freeze_rng_state():
+            expected = OP.op(sample.input, *sample.args, **sample.kwargs)
+        with freeze_rng_state():
+            actual = scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+        assert actual.shape == expected.shape and actual.dtype == expected.dtype
+        leaves = [t for t in (sample.input, *sample.args) if t.requires_grad]
+        grad_out = torch.randn_like(expected)
+        if sample.kwargs.get("dropout_p", 0.0) > 0.0:
+            torch.autograd.grad(actual, leaves, grad_out)  # other random numbers, same shapes
+            continue
+        torch.testing.assert_close(actual, expected)
+        for a, e in zip(
+            torch.autograd.grad(actual, leaves, grad_out),
+            torch.autograd.grad(expected, leaves, grad_out),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, e)
+        compared += 1
+    print(f"{OP.name} {dtype}: {len(samples)} samples, {compared} compared number by number")
+    assert compared > 10
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_module_samples(dtype: torch.dtype, training: bool, need_weights: bool) -> None:
+    samples = MODULE.module_inputs_func(
+        MODULE, device="cpu", dtype=dtype, requires_grad=True, training=training
+    )
+    for sample in samples:
+        args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
+        stock = torch.nn.MultiheadAttention(*args, dtype=dtype, **kwargs).train(training)
+        ours = fused.Attention(*args, dtype=dtype, **kwargs).train(training)
+        ours.load_state_dict(stock.state_dict())
+        inputs, options = sample.forward_input.args, sample.forward_input.kwargs
+        options = {**options, "need_weights": need_weights}
+        expected, weights = stock(*inputs, **options)
+        actual, our_weights = ours(*inputs, **options)
+        torch.testing.assert_close(actual, expected)
+        torch.testing.assert_close(our_weights, weights)
+    print(f"MultiheadAttention {dtype}: {len(samples)} samples")
+    assert len(samples) > 20
+
+
+def test_op_error_inputs() -> None:
+    """What stock refuses, ours refuses."""
+    q = torch.randn(1, 2, 3, 4)
+    bad = [
+        ((q, q[..., :3], q), {}),
+        ((q, q, q[..., :2, :]), {}),
+        ((q, q, q), {"attn_mask": torch.ones(3, 3, dtype=torch.bool), "is_causal": True}),
+        ((q, q, q), {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}),
+        ((q, q.double(), q), {}),
+        ((q, q[:, :1], q[:, :1].expand(1, 3, 3, 4)), {"enable_gqa": True}),
+    ]
+    for args, kwargs in bad:
+        for function in (OP.op, scaled_dot_product_attention):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                function(*args, **kwargs)

@@ -1,0 +1,49 @@
+"""fused.explain: a kernel for every listed option and dtype, and the reason where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fused
+from fused import functional
+from fused.testing.cases.attention import CASES, AttentionCase
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_attention_runs_a_kernel(case: AttentionCase, dtype: torch.dtype) -> None:
+    tensors, options = case.make(dtype, "cpu")
+    for dropout_p in (0.0, 0.1):
+        explanation = fused.explain(
+            functional.scaled_dot_product_attention, *tensors, dropout_p=dropout_p, **options
+        )
+        assert len(explanation.paths) == 1
+        assert explanation.paths[0].startswith("CPU kernel ("), str(explanation)
+
+
+def test_attention_says_why_not() -> None:
+    q = torch.randn(1, 1, 2, 520)
+    explanation = fused.explain(functional.scaled_dot_product_attention, q, q, q)
+    assert explanation.paths == ("composite",)
+    refused = explanation.decisions[0].refused
+    kernel = next(path for path in refused if path.startswith("CPU kernel"))
+    assert refused[kernel] == "no kernel for head_dim 520 and 520 (1 to 512)"
+    assert refused["CUDA kernel"].startswith("the tensors are on cpu")
+    assert "attention: composite" in str(explanation)
+
+
+def test_nothing_is_computed_and_the_generator_stays() -> None:
+    q = torch.randn(1, 1, 2, 4)
+    state = torch.get_rng_state()
+    fused.explain(functional.scaled_dot_product_attention, q, q, q, dropout_p=0.5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_module_and_a_function_without_ops() -> None:
+    module = fused.Attention(8, 2)
+    x = torch.randn(3, 2, 8)
+    assert len(fused.explain(module, x, x, x, need_weights=False).paths) == 1
+    assert str(fused.explain(torch.sin, x)) == "no op of fused was called"

@@ -1,0 +1,110 @@
+"""fused.patch and fused.unpatch: what is swapped, what stays, and that kernels then run."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import fused
+
+
+class Subclass(nn.MultiheadAttention):
+    pass
+
+
+def encoder(**options: object) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(
+        16, 4, 32, dropout=0.0, batch_first=True, **options
+    )
+    return nn.TransformerEncoder(layer, 2)
+
+
+def launches(function, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    """How many attention kernels a call starts, by the profiler."""
+    with torch.profiler.profile() as profile:
+        function(*args, **kwargs)
+    return sum(e.count for e in profile.key_averages() if e.key == "fused::attention_forward")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_patched_encoder_runs_kernels_in_eval_without_grad(padded: bool, activation: str) -> None:
+    model = encoder(activation=activation).eval()
+    x = torch.randn(3, 7, 16)
+    mask = None
+    if padded:
+        mask = torch.zeros(3, 7, dtype=torch.bool)
+        mask[1, 4:] = True
+    with torch.no_grad():
+        expected = model(x, src_key_padding_mask=mask)
+        assert launches(model, x, src_key_padding_mask=mask) == 0
+        fused.patch(model)
+        actual = model(x, src_key_padding_mask=mask)
+        assert launches(model, x, src_key_padding_mask=mask) == 2
+        # A single layer, by itself.
+        assert launches(model.layers[0], x, src_key_padding_mask=mask) == 1
+        visible = torch.ones(3, 7, dtype=torch.bool) if mask is None else ~mask
+        torch.testing.assert_close(actual[visible], expected[visible])
+        fused.unpatch(model)
+        assert launches(model, x, src_key_padding_mask=mask) == 0
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask), expected)
+
+
+def test_keeps_parameters_hooks_and_mode_and_undoes_itself() -> None:
+    model = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": encoder()})
+    model["a"].eval()
+    calls: list[str] = []
+    model["a"].register_forward_hook(lambda *_: calls.append("hook"))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    classes = [type(m) for m in model.modules()]
+    attributes = copy.deepcopy({k: v for k, v in model["b"].__dict__.items() if k[0] != "_"})
+
+    report = fused.patch(model)
+    assert report.replaced["a"] == "MultiheadAttention -> fused.Attention"
+    assert set(report.replaced) == {"a", "b.layers.0.self_attn", "b.layers.1.self_attn"}
+    assert report.left_alone == {}
+    assert "a: MultiheadAttention -> fused.Attention" in str(report)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    assert type(model["a"]) is fused.Attention and not model["a"].training
+    x = torch.randn(4, 2, 8)
+    model["a"](x, x, x, need_weights=False)
+    assert calls == ["hook"]
+    assert fused.patch(model).replaced == {}
+
+    fused.unpatch(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert {k: v for k, v in model["b"].__dict__.items() if k[0] != "_"} == attributes
+    assert not any(key.startswith("_fused") for m in model.modules() for key in m.__dict__)
+
+
+def test_leaves_alone_what_it_must_and_says_why() -> None:
+    parametrized = nn.MultiheadAttention(8, 2)
+    parametrizations.weight_norm(parametrized, "in_proj_weight")
+    model = nn.ModuleDict({"sub": Subclass(8, 2), "par": parametrized, "linear": nn.Linear(2, 2)})
+    report = fused.patch(model)
+    assert report.replaced == {}
+    assert report.left_alone == {
+        "sub": "Subclass is a subclass of MultiheadAttention",
+        "par": "parametrized",
+    }
+    assert type(model["sub"]) is Subclass
+
+
+def test_the_model_itself_and_a_copy_of_it() -> None:
+    model = nn.MultiheadAttention(8, 2)
+    fused.patch(model)
+    assert type(model) is fused.Attention
+    twin = copy.deepcopy(model)
+    fused.unpatch(twin)
+    assert type(twin) is nn.MultiheadAttention and type(model) is fused.Attention
+
+
+def test_unpatch_leaves_modules_that_were_fused_from_the_start() -> None:
+    model = nn.Sequential(fused.Attention(8, 2))
+    fused.patch(model)
+    fused.unpatch(model)
+    assert type(model[0]) is fused.Attention
