@@ -10,34 +10,60 @@ from torch.testing._internal.common_utils import freeze_rng_state
 
 import fused
 from fused.functional import scaled_dot_product_attention
+from fused.testing import assert_as_accurate_as_stock
 
 OP = next(op for op in op_db if op.name == "nn.functional.scaled_dot_product_attention")
 MODULE = next(info for info in module_db if info.module_cls is torch.nn.MultiheadAttention)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+def double(options: dict) -> dict:
+    return {
+        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
+
+
+def four_dims(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Stock's fused kernel takes nothing else, and its rounding is the one to compare with.
+
+    A gradient of attention is a difference of large numbers, one of which comes from the rounded
+    output in every fused kernel, and from the unrounded probabilities in stock's composite.
+    """
+    batch = max((t.shape[:-3] for t in tensors), key=len)
+    if len(batch) == 0:
+        return [t.unsqueeze(0) for t in tensors]
+    return [t.expand(*batch, *t.shape[-3:]) for t in tensors]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_op_samples(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
     samples = list(OP.sample_inputs("cpu", dtype, requires_grad=True))
     compared = 0
     for sample in samples:
+        leaves = [sample.input, *sample.args]
         with freeze_rng_state():
-            expected = OP.op(sample.input, *sample.args, **sample.kwargs)
+            expected = OP.op(*leaves, **sample.kwargs)
         with freeze_rng_state():
-            actual = scaled_dot_product_attention(sample.input, *sample.args, **sample.kwargs)
+            actual = scaled_dot_product_attention(*leaves, **sample.kwargs)
         assert actual.shape == expected.shape and actual.dtype == expected.dtype
-        leaves = [t for t in (sample.input, *sample.args) if t.requires_grad]
         grad_out = torch.randn_like(expected)
         if sample.kwargs.get("dropout_p", 0.0) > 0.0:
             torch.autograd.grad(actual, leaves, grad_out)  # other random numbers, same shapes
             continue
-        torch.testing.assert_close(actual, expected)
-        for a, e in zip(
-            torch.autograd.grad(actual, leaves, grad_out),
-            torch.autograd.grad(expected, leaves, grad_out),
-            strict=True,
-        ):
-            torch.testing.assert_close(a, e)
+        stock = OP.op(*four_dims(leaves), **sample.kwargs).view(expected.shape)
+        truth_leaves = [t.detach().double().requires_grad_() for t in leaves]
+        truth = OP.op(*truth_leaves, **double(sample.kwargs))
+        results = [
+            (out, *torch.autograd.grad(out, inputs, grad_out.to(out.dtype)))
+            for out, inputs in ((actual, leaves), (stock, leaves), (truth, truth_leaves))
+        ]
+        for a, s, t in zip(*results, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(a, s)
+            else:
+                assert_as_accurate_as_stock(a, t, s)
         compared += 1
     print(f"{OP.name} {dtype}: {len(samples)} samples, {compared} compared number by number")
     assert compared > 10
@@ -65,8 +91,8 @@ def test_module_samples(dtype: torch.dtype, training: bool, need_weights: bool) 
     assert len(samples) > 20
 
 
-def test_op_error_inputs() -> None:
-    """What stock refuses, ours refuses."""
+def test_bad_input_is_refused() -> None:
+    """Some of these stock lets through and reads beyond the end or mixes up rows."""
     q = torch.randn(1, 2, 3, 4)
     bad = [
         ((q, q[..., :3], q), {}),
@@ -77,6 +103,5 @@ def test_op_error_inputs() -> None:
         ((q, q[:, :1], q[:, :1].expand(1, 3, 3, 4)), {"enable_gqa": True}),
     ]
     for args, kwargs in bad:
-        for function in (OP.op, scaled_dot_product_attention):
-            with pytest.raises((RuntimeError, ValueError, TypeError)):
-                function(*args, **kwargs)
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            scaled_dot_product_attention(*args, **kwargs)
