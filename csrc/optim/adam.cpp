@@ -92,6 +92,16 @@ void run(const AdamLists& lists, const AdamOptions& options) {
   flat.finish();
 }
 
+// Whether the step is skipped, as far as the host must know: a count that it keeps may not advance on
+// a step that only the device knows to be skipped. With counts on the device it does not ask.
+bool host_sees_skip(at::TensorList steps, const AdamOptions& options) {
+  if (!options.found_inf) return false;
+  for (const at::Tensor& step : steps) {
+    if (!lives_on_device(step, options.capturable)) return options.found_inf->item<float>() != 0;
+  }
+  return false;
+}
+
 }  // namespace
 
 void adam_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
@@ -99,7 +109,7 @@ void adam_step(at::TensorList params, at::TensorList grads, at::TensorList exp_a
                const AdamOptions& options, bool check_only) {
   const AdamLists lists{params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps};
   check(lists, options);
-  if (check_only || params.empty()) return;
+  if (check_only || params.empty() || host_sees_skip(steps, options)) return;
   if (share_memory(params)) {
     // The same memory twice (a parameter listed twice, overlapping views): one after the other.
     for (const auto i : c10::irange(params.size())) run(lists.at(i), options);
