@@ -45,10 +45,9 @@ def lstm_cell(
     if reason is None:
         tensors = _route.autocast(input.device.type, *given)
         reason = unsupported(*tensors)
+    _route.report("lstm_cell", input.device, reason)
     if reason is not None:
-        _route.report("lstm_cell", "composite", {"kernel": reason})
         return torch.lstm_cell(input, (h, c), w_ih, w_hh, b_ih, b_hh)
-    _route.report("lstm_cell", "kernel", {"composite": "a kernel covers this call"})
     if _route.is_traced(*tensors):
         h_next, c_next, _ = torch.ops.fused.lstm_cell_forward(*tensors)
     elif _route.needs_grad(*tensors):
@@ -96,10 +95,9 @@ def lstm_layer(
     tensors = (input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr)
     options = (batch_sizes, reverse)
     reason = _route.composite_reason(*tensors)
+    _route.report("lstm", input.device, reason)
     if reason is not None:
-        _route.report("lstm", "composite", {"kernel": reason})
         return lstm_layer_composite(*tensors, *options)
-    _route.report("lstm", "kernel", {"composite": "a kernel covers this call"})
     if _route.is_traced(*tensors):
         return torch.ops.fused.lstm_layer_forward(*tensors, *options)[:3]
     if _route.needs_grad(*tensors):
