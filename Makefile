@@ -37,7 +37,9 @@ $(RUN):
 
 $(INSTALLED): $(RUN) $(NATIVE) setup.py pyproject.toml fused/_version.py $(TORCH_HERE)
 	$(RUN) -c 'import torch' 2>/dev/null || $(PIP) '$(TORCH)'
+	@echo "building the kernels: a few minutes the first time, what changed from then on"
 	$(PIP) -e '.[train,test]'
+	@$(RUN) -m fused info
 	@echo $(CURDIR) > $@
 
 $(DEV_TOOLS): $(INSTALLED) pyproject.toml
