@@ -130,7 +130,7 @@ class LSTM(nn.RNNBase):
         weights = [getattr(self, name) for names in self._all_weights for name in names]
         reason = _lstm.unsupported(input, *hx, *weights)
         if reason is not None:
-            _route.report("lstm", "composite", {"kernel": reason})
+            _route.report("lstm", input.device, reason)
             return self._stock(input, hx, weights, batch_sizes)
         if batch_sizes is None and input.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
