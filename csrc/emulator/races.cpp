@@ -36,20 +36,45 @@ struct Access {
   bool is_atomic;
 };
 
-// All that later accesses to one byte must be compared with. A write is ordered after everything
+// All that later accesses to some bytes must be compared with. A write is ordered after everything
 // before it, or reported: what it replaces is never needed again. Of many readers that nothing
 // orders, any two stand for all, save for those that a warp barrier orders: hence a few more.
-struct Byte {
+struct Cell {
   Access write;
   std::array<Access, 4> reads;
 };
 
 constexpr size_t kPageBytes = 256;
-using Page = std::array<Byte, kPageBytes>;
+constexpr size_t kWidestAccess = 16;
+
+// The cells of kPageBytes bytes of memory: wide at first, and split in two as often as an access
+// needs it that does not cover them whole. Two threads that write neighbouring bytes do not race.
+class Page {
+ public:
+  Cell& covering(uintptr_t address, size_t size) {
+    while (address % bytes_per_cell_ != 0 || size < bytes_per_cell_) split();
+    return cells_[address % kPageBytes / bytes_per_cell_];
+  }
+  size_t bytes_per_cell() const { return bytes_per_cell_; }
+
+ private:
+  void split() {
+    std::vector<Cell> halves(2 * cells_.size());
+    for (size_t i = 0; i < halves.size(); ++i) halves[i] = cells_[i / 2];
+    cells_ = std::move(halves);
+    bytes_per_cell_ /= 2;
+  }
+
+  size_t bytes_per_cell_ = kWidestAccess;
+  std::vector<Cell> cells_ = std::vector<Cell>(kPageBytes / kWidestAccess);
+};
 
 class Races {
  public:
-  void begin_launch() { pages_.clear(), last_page_ = nullptr; }
+  void begin_launch() {
+    pages_.clear();
+    last_page_ = nullptr;
+  }
   void begin_block(const Stacks& stacks, size_t shared_bytes, uint64_t block_rank) {
     stacks_ = &stacks;
     shared_bytes_ = shared_bytes;
@@ -78,8 +103,8 @@ class Races {
     return address - reinterpret_cast<uintptr_t>(current_block->shared) < shared_bytes_;
   }
   bool ordered(const Access& before, const Access& now, bool in_shared) const;
-  Byte& byte_at(uintptr_t address);
-  void remember_read(Byte& byte, const Access& now, bool in_shared) const;
+  Page& page_at(uintptr_t address);
+  void remember_read(Cell& cell, const Access& now, bool in_shared) const;
   [[noreturn]] void report(uintptr_t address, const Access& before, Kind kind_before,
                            const Access& now, Kind kind) const;
 
@@ -115,7 +140,7 @@ bool Races::ordered(const Access& before, const Access& now, bool in_shared) con
   return clocks_[now.thread][before.thread % kWarpSize] >= before.clock;
 }
 
-Byte& Races::byte_at(uintptr_t address) {
+Page& Races::page_at(uintptr_t address) {
   const uintptr_t page_address = address / kPageBytes;
   if (!last_page_ || page_address != last_page_address_) {
     auto& page = pages_[page_address];
@@ -123,18 +148,18 @@ Byte& Races::byte_at(uintptr_t address) {
     last_page_ = page.get();
     last_page_address_ = page_address;
   }
-  return (*last_page_)[address % kPageBytes];
+  return *last_page_;
 }
 
-void Races::remember_read(Byte& byte, const Access& now, bool in_shared) const {
-  for (Access& read : byte.reads) {
+void Races::remember_read(Cell& cell, const Access& now, bool in_shared) const {
+  for (Access& read : cell.reads) {
     const bool mine = read.block == now.block && read.thread == now.thread;
     if (read.clock == 0 || mine || (!now.is_atomic && ordered(read, now, in_shared))) {
       read = now;
       return;
     }
   }
-  byte.reads.back() = now;
+  cell.reads.back() = now;
 }
 
 void Races::access(uintptr_t address, size_t size, Kind kind, bool is_atomic, const void* where) {
@@ -142,18 +167,20 @@ void Races::access(uintptr_t address, size_t size, Kind kind, bool is_atomic, co
   const bool in_shared = in_shared_memory(address);
   const auto thread = static_cast<uint16_t>(current_thread->rank);
   const Access now{block_, epoch_, clocks_[thread][thread % kWarpSize], thread, where, is_atomic};
-  for (uintptr_t at = address; at < address + size; ++at) {
-    Byte& byte = byte_at(at);
-    if (!ordered(byte.write, now, in_shared)) report(at, byte.write, Kind::kWrite, now, kind);
+  for (uintptr_t at = address, end = address + size; at < end;) {
+    Page& page = page_at(at);
+    Cell& cell = page.covering(at, end - at);
+    if (!ordered(cell.write, now, in_shared)) report(at, cell.write, Kind::kWrite, now, kind);
     if (kind == Kind::kRead) {
-      remember_read(byte, now, in_shared);
-      continue;
+      remember_read(cell, now, in_shared);
+    } else {
+      for (const Access& read : cell.reads) {
+        if (!ordered(read, now, in_shared)) report(at, read, Kind::kRead, now, kind);
+      }
+      cell.write = now;
+      cell.reads = {};
     }
-    for (const Access& read : byte.reads) {
-      if (!ordered(read, now, in_shared)) report(at, read, Kind::kRead, now, kind);
-    }
-    byte.write = now;
-    byte.reads = {};
+    at += page.bytes_per_cell();
   }
 }
 
