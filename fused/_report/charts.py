@@ -10,6 +10,7 @@ from typing import Any
 
 INK, MUTED, GRID = "#1c2733", "#66727f", "#e3e8ee"
 STOCK, FUSED, SLOWER, ACCENT = "#f0a35c", "#1f5fa8", "#b9485a", "#7a8794"
+_RATIO_TICKS = (1 / 16, 1 / 8, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
 def loss_chart(
@@ -71,12 +72,13 @@ def ratio_chart(labels: Sequence[str], ratios: Sequence[float]) -> str:
             ha=side, va="center", fontsize=8.5, color=INK,
         )  # fmt: skip
     axes.set_yticks(positions, labels)
-    axes.invert_yaxis()
     axes.tick_params(axis="y", length=0, labelcolor=INK)
-    ticks = range(math.floor(left), math.ceil(axes.get_xlim()[1]) + 1)
+    axes.set_ylim(len(labels) - 0.4, -0.6)  # the first on top
     low, high = axes.get_xlim()
-    shown = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(shown, [f"{2**tick:g}×" if tick >= 0 else f"1/{2**-tick:g}×" for tick in shown])
+    shown = [value for value in _RATIO_TICKS if low <= math.log2(value) <= high]
+    if len(shown) > 8:
+        shown = [value for value in shown if math.log2(value).is_integer()]
+    axes.set_xticks([math.log2(value) for value in shown], [f"{value:g}×" for value in shown])
     axes.axvline(0, color=INK, linewidth=1)
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("times as fast as stock")

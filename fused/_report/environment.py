@@ -2,44 +2,41 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from fused._version import __version__
+from fused import _info
 
 
-def environment(device: torch.device) -> list[tuple[str, str]]:
-    """Versions, device, threads, commit and date, for people and for JSON alike."""
+def environment() -> dict[str, Any]:
+    """What ``python -m fused info`` knows, and the commit and the date, for JSON."""
+    return {
+        **_info.collect(),
+        "commit": _commit(),
+        "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+    }
+
+
+def describe(info: dict[str, Any], device: torch.device) -> list[tuple[str, str]]:
+    """The same in a few lines for people, with the device that was used."""
+    cuda = f", CUDA {info['torch_cuda']}, cuDNN {info['cudnn']}" if info["torch_cuda"] else ""
     rows = [
-        ("fused", f"{__version__} ({_commit()})"),
-        ("torch", torch.__version__),
-        ("CPU", f"{_cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"),
-        ("threads", str(torch.get_num_threads())),
+        ("fused", f"{info['fused']}, {info['commit']}"),
+        ("torch", f"{info['torch']}{cuda}"),
+        (
+            "CPU",
+            f"{info['cpu']}, {info['threads']} threads; fused runs {info['cpu_isa']}, "
+            f"torch {info['cpu_capability_of_torch']}",
+        ),
     ]
     if device.type == "cuda":
-        rows += [
-            ("GPU", torch.cuda.get_device_name(device)),
-            ("CUDA", f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"),
-        ]
-    rows += [
-        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("date", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
-    ]
-    return rows
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        rows.append(("GPU", torch.cuda.get_device_name(device)))
+    return [*rows, ("Python", f"{info['python']} on {info['platform']}"), ("date", info["date"])]
 
 
 def _commit() -> str:
@@ -49,6 +46,7 @@ def _commit() -> str:
         return "installed"
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "commit unknown"
+    return f"commit {answer.strip()}"

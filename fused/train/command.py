@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fused._cli import CommandError, parse_device, positive_int, require
-from fused._report.environment import environment
+from fused._report.environment import describe, environment
 from fused._report.files import write_json
 from fused._report.page import require_report_packages
 from fused._report.text import duration, table
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     device = parse_device(args.device)
     _make_folder(args.out)
     tasks = _choose_tasks(args)
-    described = environment(device)
+    info = environment()
+    described = describe(info, device)
     print("\n".join(f"{name:<8} {value}" for name, value in described), flush=True)
     if device.type == "cuda":
         # A run that is resumed must repeat what it would have done; some cuDNN algorithms do not.
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     minutes, seconds = divmod(round(time.monotonic() - start), 60)
 
     print("\n" + table(HEADERS, table_rows(results)))
-    files = _write_results(args, results, described)
+    files = _write_results(args, results, info, described)
     print(f"\n{minutes} min {seconds} s; see {files[0]}, {files[1]}")
     missed = missed_goals(results)
     for line in missed:
@@ -186,10 +187,13 @@ def _run(training: Training, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write_results(
-    args: argparse.Namespace, results: list[dict[str, Any]], described: list[tuple[str, str]]
+    args: argparse.Namespace,
+    results: list[dict[str, Any]],
+    info: dict[str, Any],
+    described: list[tuple[str, str]],
 ) -> tuple[Path, Path]:
     settings = {name: getattr(args, name) for name in ("seed", "dtype", "dropout", "compile")}
-    content = {"environment": dict(described), "settings": settings, "models": results}
+    content = {"environment": info, "settings": settings, "models": results}
     json_path, page_path = args.out / "results.json", args.out / "report.html"
     write_json(json_path, content)
     text = ", ".join(f"{name} {value}" for name, value in settings.items())

@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.mark.op("attention")
+def test_attention(compare, case, contender):
+    compare(case, contender)

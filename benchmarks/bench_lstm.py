@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.mark.op("lstm")
+def test_lstm(compare, case, contender):
+    compare(case, contender)

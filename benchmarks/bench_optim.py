@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.mark.op("optim")
+def test_optim(compare, case, contender):
+    compare(case, contender)

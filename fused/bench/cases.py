@@ -1,0 +1,312 @@
+"""The one list of benchmark cases; ``python -m fused bench`` and benchmarks/ both run it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fused
+from fused.bench.case import Case, Runnable, Workbench, forward_backward, forward_only
+from fused.models._layers import StockConv2d
+
+OPS = ("attention", "conv", "lstm", "optim")
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@cache
+def all_cases() -> tuple[Case, ...]:
+    return (*_attention_cases(), *_conv_cases(), *_lstm_cases(), *_optim_cases())
+
+
+def cases(op: str) -> list[Case]:
+    return [case for case in all_cases() if case.op == op]
+
+
+def _direction(backward: bool) -> str:
+    return "fwd+bwd" if backward else "fwd"
+
+
+# Attention
+
+
+def _attention(
+    batch: int,
+    length: int,
+    *,
+    dtype: torch.dtype = F32,
+    mask: Literal["full", "causal", "boolean"] = "full",
+    backward: bool = False,
+    heads: int = 8,
+    heads_kv: int = 8,
+    head_dim: int = 64,
+    quick: bool = False,
+) -> Case:
+    def build(bench: Workbench) -> Runnable:
+        # As a model has them: [B, S, H, D] in memory, seen as [B, H, S, D].
+        q, k, v, grad = (
+            bench.tensor(batch, length, h, head_dim).transpose(1, 2).requires_grad_(backward)
+            for h in (heads, heads_kv, heads_kv, heads)
+        )
+        options: dict[str, Any] = {"is_causal": mask == "causal"}
+        if mask == "boolean":
+            options["attn_mask"] = _padding_mask(batch, length, bench.device)
+        if heads != heads_kv:
+            options["enable_gqa"] = True
+        functions = F if bench.layers == "stock" else fused.functional
+        attention = bench.function(functions.scaled_dot_product_attention)
+
+        def attend() -> torch.Tensor:
+            return attention(q, k, v, **options)
+
+        return forward_backward(attend, (q, k, v), grad) if backward else forward_only(attend)
+
+    shape = f"{batch}x{heads}{'' if heads == heads_kv else f'/{heads_kv}'}x{length}x{head_dim}"
+    # Two products forward, five more backward; a causal mask leaves half of each.
+    products = 7 if backward else 2
+    work = products * 2 * batch * heads * length**2 * head_dim / (2 if mask == "causal" else 1)
+    name = f"attention {shape} {mask} {_direction(backward)}"
+    return Case("attention", name, dtype, build, work, "GFLOP/s", quick)
+
+
+def _padding_mask(batch: int, length: int, device: torch.device) -> torch.Tensor:
+    """True where a query may look: every row of the batch ends at another place."""
+    ends = torch.linspace(length // 2, length, batch, device=device).long()
+    return (torch.arange(length, device=device) < ends[:, None])[:, None, None, :]
+
+
+def _attention_cases() -> Iterator[Case]:
+    for dtype, backward in itertools.product((F32, BF16), (False, True)):
+        yield _attention(4, 512, dtype=dtype, mask="causal", backward=backward, quick=True)
+        yield _attention(1, 2048, dtype=dtype, mask="full", backward=backward)
+        yield _attention(1, 2048, dtype=dtype, mask="causal", backward=backward)
+    yield _attention(2, 1024, mask="causal")
+    for backward in (False, True):
+        yield _attention(4, 512, mask="boolean", backward=backward)
+        yield _attention(2, 1024, mask="causal", heads_kv=2, backward=backward)
+        yield _attention(
+            2, 1024, mask="causal", heads=4, heads_kv=4, head_dim=128, backward=backward
+        )
+
+
+# Convolution
+
+
+def _conv(
+    shape: tuple[int, ...],
+    out_channels: int,
+    kernel: int,
+    *,
+    dtype: torch.dtype = F32,
+    layout: Literal["", "NCHW", "NHWC"] = "",
+    backward: bool = False,
+    depthwise: bool = False,
+    activation: str | None = "relu",
+    pool: bool = False,
+    quick: bool = False,
+) -> Case:
+    batch, channels, *space = shape
+    groups = channels if depthwise else 1
+
+    def build(bench: Workbench) -> Runnable:
+        x = bench.tensor(*shape)
+        layer = bench.module(lambda: _conv_layer(bench, len(space), activation, channels,
+            out_channels, kernel, padding=kernel // 2, groups=groups))  # fmt: skip
+        if layout == "NHWC":
+            x = x.contiguous(memory_format=torch.channels_last)
+            layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if pool:
+            layer = nn.Sequential(layer, nn.MaxPool2d(2))
+        run_layer = bench.function(layer)
+        if not backward:
+            return forward_only(lambda: run_layer(x))
+        x.requires_grad_()
+        with torch.no_grad():
+            grad = torch.empty_like(layer(x))
+        grad.copy_(bench.tensor(*grad.shape))
+        return forward_backward(lambda: run_layer(x), (x, *layer.parameters()), grad)
+
+    pixels = batch * torch.Size(space).numel()
+    work = 2 * pixels * out_channels * channels // groups * kernel ** len(space)
+    dims = "x".join(map(str, (batch, channels, *space)))
+    kind = f"{'depthwise ' if depthwise else ''}conv{len(space)}d"
+    target = "" if depthwise else f" to {out_channels}"
+    extras = "".join((f"+{activation}" if activation else "", "+max-pool" if pool else ""))
+    direction = _direction(backward)
+    words = (kind, dims + target, f"k{kernel}", layout, extras, direction)
+    name = " ".join(word for word in words if word)
+    if depthwise:  # bound by memory: input, output and, backward, their gradients
+        moved = dtype.itemsize * pixels * (channels + out_channels) * (3 if backward else 1)
+        return Case("conv", name, dtype, build, moved, "GB/s", quick)
+    return Case("conv", name, dtype, build, work * (3 if backward else 1), "GFLOP/s", quick)
+
+
+def _conv_layer(
+    bench: Workbench, dims: int, activation: str | None, *args: Any, **options: Any
+) -> nn.Module:
+    if bench.layers == "fused":
+        layer = {1: fused.Conv1d, 2: fused.Conv2d, 3: fused.Conv3d}[dims]
+        return layer(*args, activation=activation, **options)
+    if dims == 2:
+        return StockConv2d(*args, activation=activation, **options)
+    stock = {1: nn.Conv1d, 3: nn.Conv3d}[dims](*args, **options)
+    return stock if activation is None else nn.Sequential(stock, nn.ReLU())
+
+
+def _conv_cases() -> Iterator[Case]:
+    layouts: tuple[Literal["NCHW", "NHWC"], ...] = ("NCHW", "NHWC")
+    for backward in (False, True):
+        for layout in layouts:
+            yield _conv((4, 3, 224, 224), 32, 5, layout=layout, backward=backward)
+            yield _conv((8, 64, 56, 56), 64, 3, layout=layout, backward=backward)
+            yield _conv(
+                (8, 128, 56, 56), 128, 3, layout=layout, depthwise=True, backward=backward,
+                quick=layout == "NHWC",
+            )  # fmt: skip
+        yield _conv((64, 1, 28, 28), 32, 3, layout="NCHW", pool=True, backward=backward, quick=True)
+        yield _conv((8, 256, 1024), 256, 4, depthwise=True, backward=backward)
+        yield _conv((2, 16, 16, 32, 32), 32, 3, backward=backward)
+    yield _conv((8, 64, 56, 56), 64, 3, layout="NHWC", dtype=BF16)
+    yield _conv((8, 64, 56, 56), 64, 3, layout="NHWC", activation=None)
+
+
+# LSTM
+
+
+def _lstm_cell(batch: int, size: int, *, backward: bool = False, quick: bool = False) -> Case:
+    def build(bench: Workbench) -> Runnable:
+        x, h, c = (bench.tensor(batch, size, requires_grad=backward) for _ in range(3))
+        grad = bench.tensor(batch, size)
+        make = nn.LSTMCell if bench.layers == "stock" else fused.LSTMCell
+        cell = bench.module(lambda: make(size, size))
+        run_cell = bench.function(cell)
+
+        def step() -> torch.Tensor:
+            return run_cell(x, (h, c))[0]
+
+        if not backward:
+            return forward_only(step)
+        return forward_backward(step, (x, h, c, *cell.parameters()), grad)
+
+    work = 2 * batch * 4 * size * 2 * size * (3 if backward else 1)
+    name = f"LSTMCell {batch}x{size} {_direction(backward)}"
+    return Case("lstm", name, F32, build, work, "GFLOP/s", quick)
+
+
+def _lstm(
+    steps: int,
+    batch: int,
+    size: int,
+    *,
+    dtype: torch.dtype = F32,
+    num_layers: int = 1,
+    bidirectional: bool = False,
+    backward: bool = False,
+    quick: bool = False,
+) -> Case:
+    directions = 2 if bidirectional else 1
+
+    def build(bench: Workbench) -> Runnable:
+        x = bench.tensor(steps, batch, size, requires_grad=backward)
+        grad = bench.tensor(steps, batch, directions * size)
+        make = nn.LSTM if bench.layers == "stock" else fused.LSTM
+        lstm = bench.module(
+            lambda: make(size, size, num_layers=num_layers, bidirectional=bidirectional)
+        )
+        run_lstm = bench.function(lstm)
+
+        def sequence() -> torch.Tensor:
+            return run_lstm(x)[0]
+
+        if not backward:
+            return forward_only(sequence)
+        return forward_backward(sequence, (x, *lstm.parameters()), grad)
+
+    # Later layers read what all directions of the layer below wrote.
+    widths = [size] + [directions * size] * (num_layers - 1)
+    products = sum(4 * size * (width + size) for width in widths) * directions
+    work = 2 * steps * batch * products * (3 if backward else 1)
+    kind = "bidirectional LSTM" if bidirectional else "LSTM"
+    layers = "" if num_layers == 1 else f" {num_layers} layers"
+    name = f"{kind} {steps}x{batch}x{size}{layers} {_direction(backward)}"
+    return Case("lstm", name, dtype, build, work, "GFLOP/s", quick)
+
+
+def _lstm_cases() -> Iterator[Case]:
+    for backward in (False, True):
+        yield _lstm_cell(1, 128, backward=backward, quick=True)
+        yield _lstm_cell(32, 256, backward=backward)
+        yield _lstm(64, 32, 256, backward=backward, quick=not backward)
+        yield _lstm(64, 32, 256, dtype=BF16, backward=backward)
+        yield _lstm(64, 1, 256, backward=backward)
+        yield _lstm(32, 16, 128, num_layers=2, bidirectional=True, backward=backward)
+
+
+# Optimizers
+
+_LARGE = (1024, 1024)  # 17 million parameters in 16 tensors
+_SMALL = (37,)  # 500 tensors that are mostly overhead
+
+
+def _optim(
+    name: str,
+    count: int,
+    shape: tuple[int, ...],
+    stock: Literal["loop", "foreach", "fused"],
+    *,
+    clip: bool = False,
+    quick: bool = False,
+    **options: Any,
+) -> Case:
+    stock_options = {"foreach": stock == "foreach", "fused": stock == "fused"}
+
+    def build(bench: Workbench) -> Runnable:
+        parameters = [bench.tensor(*shape, requires_grad=True) for _ in range(count)]
+        for parameter in parameters:
+            parameter.grad = bench.tensor(*shape)
+        if bench.layers == "fused":
+            optimizer = getattr(fused, name)(parameters, lr=1e-3, **options)
+        else:
+            optimizer = getattr(torch.optim, name)(parameters, lr=1e-3, **options, **stock_options)
+
+        def step() -> None:
+            if clip:
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            if clip:
+                optimizer.zero_grad(set_to_none=False)  # in place, for there is no backward pass
+
+        run_step = bench.function(step)
+
+        def run() -> list[torch.Tensor]:
+            run_step()
+            return parameters
+
+        return run
+
+    elements = count * torch.Size(shape).numel()
+    # Parameter and each state are read and written, the gradient is read.
+    moved = elements * 4 * (5 if name == "SGD" else 7)
+    words = ("clip +" if clip else "", name, f"{count} tensors of {'x'.join(map(str, shape))}")
+    row = " ".join(word for word in words if word)
+    row += f"{', zero_grad' if clip else ''}, stock {stock}"
+    return Case("optim", row, F32, build, moved, "GB/s", quick)
+
+
+def _optim_cases() -> Iterator[Case]:
+    stocks: tuple[Literal["loop", "foreach", "fused"], ...] = ("loop", "foreach", "fused")
+    for stock in stocks:
+        yield _optim("AdamW", 16, _LARGE, stock)
+        yield _optim("AdamW", 500, _SMALL, stock, quick=True)
+    yield _optim("Adam", 16, _LARGE, "fused", weight_decay=0.01)
+    yield _optim("Adam", 500, _SMALL, "fused", weight_decay=0.01)
+    yield _optim("SGD", 16, _LARGE, "fused", momentum=0.9)
+    yield _optim("SGD", 500, _SMALL, "fused", momentum=0.9, quick=True)
+    yield _optim("AdamW", 16, _LARGE, "fused", clip=True)
+    yield _optim("AdamW", 500, _SMALL, "fused", clip=True)

@@ -1,0 +1,145 @@
+"""How a case is checked and timed: correctness first, then all contenders in turns."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fused.bench.case import Case, Contender
+from fused.testing import assert_as_accurate_as_stock
+
+_BLOCK_SECONDS = 0.005  # a block of calls lasts at least this long, or one call
+_SLOW_SECONDS = 0.02  # a call this long is not noticeably slower for finding its caches cold
+_MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call in each round; the rounds of two contenders go in pairs."""
+
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of one case."""
+
+    case: Case
+    timings: dict[Contender, Timing]
+    stock_kernel: str  # what stock spent most of its time in
+    wrong: str | None  # how fused failed its check
+    failed: dict[Contender, str]  # contenders that could not run, and why
+
+    def ratios(self, contender: Contender = "fused") -> list[float]:
+        """How many times faster than stock, round by round."""
+        pairs = zip(self.timings["stock"].rounds, self.timings[contender].rounds, strict=True)
+        return [stock / other for stock, other in pairs]
+
+    def ratio(self, contender: Contender = "fused") -> float:
+        return statistics.median(self.ratios(contender))
+
+    def rate(self, contender: Contender) -> float:
+        """Work per second, in the case's unit."""
+        return self.case.work / self.timings[contender].median / 1e9
+
+
+def run_case(case: Case, device: torch.device, seconds: float, *, compiled: bool = False) -> Result:
+    """Checks a case, then times its contenders for about ``seconds`` each."""
+    wrong = check(case, device)
+    runs = {name: case.prepare(name, device) for name in ("stock", "fused")}
+    failed: dict[Contender, str] = {}
+    if compiled:
+        run = case.prepare("compiled", device)
+        try:
+            run()
+            runs["compiled"] = run
+        except Exception as error:  # the compiler's failure is a result, whatever its kind
+            failed["compiled"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    timings = interleave(runs, device, seconds)
+    return Result(case, timings, main_kernel(runs["stock"], device), wrong, failed)
+
+
+def check(case: Case, device: torch.device) -> str | None:
+    """None if fused is as close to the float64 truth as the rule asks for, else what is not."""
+    results = [
+        [tensor.detach().clone() for tensor in run()]
+        for run in (
+            case.prepare("fused", device),
+            case.prepare_truth(device),
+            case.prepare("stock", device),
+        )
+    ]
+    try:
+        for index, (ours, truth, stock) in enumerate(zip(*results, strict=True)):
+            assert_as_accurate_as_stock(ours, truth, stock, f"result {index}")
+    except AssertionError as error:
+        return str(error)
+    return None
+
+
+def interleave(
+    runs: dict[Any, Callable[[], Any]], device: torch.device, seconds: float
+) -> dict[Any, Timing]:
+    """Times all of ``runs`` in rounds, for about ``seconds`` each.
+
+    In a round each runs one block of calls, and who begins goes round. What else the machine does
+    then meets all alike, and the ratio of two blocks of one round says more than that of two means.
+    """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    blocks = {name: _block(run, synchronize) for name, run in runs.items()}
+    order = list(runs)
+    rounds: dict[Any, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds * len(runs)
+    while len(rounds[order[0]]) < _MIN_ROUNDS or time.perf_counter() < end:
+        for name in order:
+            rounds[name].append(blocks[name]())
+        order = [*order[1:], order[0]]
+    return {name: Timing(tuple(times)) for name, times in rounds.items()}
+
+
+def _block(run: Callable[[], Any], synchronize: Callable[[], Any]) -> Callable[[], float]:
+    """A function that times one block of calls of ``run`` and returns the seconds per call."""
+
+    def timed(calls: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronize()
+        return (time.perf_counter() - start) / calls
+
+    run()  # the first call of all may compile, choose algorithms or touch new memory
+    once = timed(1)
+    calls = max(1, round(_BLOCK_SECONDS / once))
+
+    def block() -> float:
+        if once < _SLOW_SECONDS:
+            run()  # untimed: the other contenders had the caches
+        return timed(calls)
+
+    return block
+
+
+def main_kernel(run: Callable[[], Sequence[Any]], device: torch.device) -> str:
+    """The PyTorch operator that ``run`` spends most of its time in: it names stock's backend."""
+    # Otherwise the profiler's library announces each start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as profiler:
+        run()
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    operators = [event for event in profiler.key_averages() if event.key.startswith("aten::")]
+    longest = max(operators, key=lambda event: getattr(event, time_of), default=None)
+    return "none" if longest is None else longest.key.removeprefix("aten::").lstrip("_")
