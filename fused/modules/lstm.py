@@ -31,11 +31,10 @@ class LSTMCell(nn.LSTMCell):
         if not is_batched:
             input = input.unsqueeze(0)
         if hx is None:
-            zeros = input.new_zeros(input.shape[0], self.hidden_size)
-            h = c = zeros
+            h = c = input.new_zeros(input.shape[0], self.hidden_size)
         else:
             h, c = hx if is_batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
-            self._check_shapes(input, h, c)
+        self._check_shapes(input, h, c)
         h, c = _lstm.lstm_cell(
             input, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         )
@@ -111,7 +110,8 @@ class LSTM(nn.RNNBase):
             hx = self._zero_state(data, int(batch_sizes[0]))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        self.check_forward_args(data, hx, batch_sizes)
+        if not torch.compiler.is_compiling():  # a graph does not know what batch_sizes holds
+            self.check_forward_args(data, hx, batch_sizes)
         output, h_n, c_n = self._layers(data, hx, batch_sizes)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
         return result, self.permute_hidden((h_n, c_n), unsorted_indices)
