@@ -40,10 +40,10 @@ def lstm_cell(
         ValueError: shapes or devices that do not go together.
     """
     h, c = hx
-    given = tensors = (input, h, c, w_ih, w_hh, b_ih, b_hh)
-    reason = _route.composite_reason(*given)
+    tensors: Any = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+    reason = _route.composite_reason(*tensors)
     if reason is None:
-        tensors = _route.autocast(input.device.type, *given)
+        tensors = _route.autocast(input.device.type, *tensors)
         reason = unsupported(*tensors)
     _route.report("lstm_cell", input.device, reason)
     if reason is not None:
@@ -105,12 +105,11 @@ def lstm_layer(
     return _route.kernels().lstm_layer_forward(*tensors, *options)[:3]
 
 
-def unsupported(*tensors: Tensor | None) -> str | None:
-    """Why no kernel takes (input, h, c, *weights), or None. PyTorch's operator takes what is left."""
-    input, h, c, *weights = tensors
+def unsupported(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) -> str | None:
+    """Why no kernel takes these tensors, or None. PyTorch's own operators take what is left."""
     if c.dtype != input.dtype and all(t is None or t.dtype == input.dtype for t in (h, *weights)):
         return f"c is {c.dtype}, all else {input.dtype}"  # which PyTorch promotes
-    for t in tensors:
+    for t in (input, h, c, *weights):
         if t is None:
             continue
         if t.layout != torch.strided:

@@ -50,8 +50,8 @@ def stock_layer(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of PyTorch's own LSTM; the reversed one as half of a bidirectional one.
 
-    In float32 operator by operator, whose matrix products are those of our glue: oneDNN's kernel for
-    a whole layer adds up in another order, with down to a quarter of their error.
+    In float32 operator by operator, whose matrix products are those of our glue: oneDNN's kernel
+    for a whole layer adds up in another order, with down to a quarter of their error.
     """
     input, h0, c0, *weights = tensors
     one_kernel = torch.backends.mkldnn.enabled and input.dtype != torch.float32
@@ -115,9 +115,7 @@ def test_layer_forward_and_gradients(
 
 
 @pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
-def test_layer_with_some_gradients_missing(
-    chosen: tuple[int, ...], backend: torch.device
-) -> None:
+def test_layer_with_some_gradients_missing(chosen: tuple[int, ...], backend: torch.device) -> None:
     """A loss on some outputs, and gradients of one input at a time."""
     tensors, options = LSTMCase("packed", lengths=(5, 4, 2), proj_size=2, reverse=True).make(
         torch.float64, backend
@@ -218,9 +216,7 @@ CELL_ERRORS = [
 
 
 @pytest.mark.parametrize("error, text, name, change", CELL_ERRORS, ids=[e[1] for e in CELL_ERRORS])
-def test_cell_errors(
-    error: type, text: str, name: str, change: Any, backend: torch.device
-) -> None:
+def test_cell_errors(error: type, text: str, name: str, change: Any, backend: torch.device) -> None:
     tensors = LSTMCellCase("plain").make(torch.float32, backend)
     index = CELL_NAMES.index(name)
     tensors[index] = change(tensors[index])

@@ -59,8 +59,10 @@ def test_cell_derivatives(bias: str, backend: torch.device) -> None:
 
 
 def test_gradients_with_create_graph_are_the_kernels(backend: torch.device) -> None:
-    for make in (lambda: as_function(cell, LSTMCellCase("").make(torch.float64, backend), {}),
-                 lambda: as_function(_lstm.lstm_layer, *LAYERS[3].make(torch.float64, backend))):
+    for make in (
+        lambda: as_function(cell, LSTMCellCase("").make(torch.float64, backend), {}),
+        lambda: as_function(_lstm.lstm_layer, *LAYERS[3].make(torch.float64, backend)),
+    ):
         call, inputs = make()
         loss = sum(t.square().sum() for t in call(*inputs))
         plain = torch.autograd.grad(loss, inputs, retain_graph=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,11 @@ _State = tuple[Tensor, Tensor]
 
 
 class LSTMCell(nn.LSTMCell):
-    """:class:`torch.nn.LSTMCell` on fused kernels: constructor, parameters and meaning are its own."""
+    """:class:`torch.nn.LSTMCell` on fused kernels; constructor, parameters and meaning as there."""
 
     def forward(self, input: Tensor, hx: _State | None = None) -> _State:
         if input.dim() not in (1, 2):
-            raise ValueError(
-                f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead"
-            )
+            raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
             for index, state in enumerate(hx):
                 if state.dim() not in (1, 2):
@@ -61,15 +59,15 @@ class LSTMCell(nn.LSTMCell):
 
 
 class LSTM(nn.RNNBase):
-    """:class:`torch.nn.LSTM` on fused kernels: constructor, parameters and meaning are its own.
+    """:class:`torch.nn.LSTM` on fused kernels; constructor, parameters and meaning as there.
 
     Not a subclass of it, because torch.compile refuses every module that is an ``nn.LSTM``. A
     ``state_dict`` loads both ways.
     """
 
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args
-    permute_hidden = nn.LSTM.permute_hidden
+    get_expected_cell_size: Any = nn.LSTM.get_expected_cell_size
+    check_forward_args: Any = nn.LSTM.check_forward_args
+    permute_hidden: Any = nn.LSTM.permute_hidden
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
@@ -118,10 +116,8 @@ class LSTM(nn.RNNBase):
 
     def _zero_state(self, input: Tensor, batch: int) -> _State:
         count = self.num_layers * (2 if self.bidirectional else 1)
-        state_size = self.proj_size or self.hidden_size
-        h0 = input.new_zeros(count, batch, state_size)
-        c0 = h0 if state_size == self.hidden_size else input.new_zeros(count, batch, self.hidden_size)
-        return h0, c0
+        c0 = input.new_zeros(count, batch, self.hidden_size)
+        return (input.new_zeros(count, batch, self.proj_size) if self.proj_size else c0), c0
 
     def _layers(
         self, input: Tensor, hx: _State, batch_sizes: Tensor | None
@@ -134,7 +130,8 @@ class LSTM(nn.RNNBase):
             return self._stock(input, hx, weights, batch_sizes)
         if batch_sizes is None and input.shape[1 if self.batch_first else 0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        output, h0, c0, *weights = _route.autocast(input.device.type, input, *hx, *weights)
+        cast_tensors = _route.autocast(input.device.type, input, *hx, *weights)
+        output, h0, c0, *weights = cast("tuple[Tensor, ...]", cast_tensors)
         is_cast = output is not input or h0 is not hx[0] or c0 is not hx[1]
         given_state = hx[1]
         if self.batch_first and batch_sizes is None:
