@@ -28,8 +28,9 @@ def scaled_dot_product_attention(
     """Attention of each query over all keys, without a score matrix in memory.
 
     Signature and meaning of :func:`torch.nn.functional.scaled_dot_product_attention`. The forward
-    pass is the online softmax of Milakov & Gimelshein (arXiv:1805.02867), tiled as in FlashAttention
-    (arXiv:2205.14135); the backward pass recomputes the probabilities. Both are deterministic.
+    pass is the online softmax of Milakov & Gimelshein (arXiv:1805.02867), tiled as in
+    FlashAttention (arXiv:2205.14135); the backward pass recomputes the probabilities. Both are
+    deterministic.
 
     Args:
         query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16.
@@ -55,9 +56,7 @@ def scaled_dot_product_attention(
     """
     query, key, value = _route.autocast(query.device.type, query, key, value)  # type: ignore
     if attn_mask is not None and is_causal:
-        raise RuntimeError(
-            "attention: is_causal must be False where attn_mask is given, got both"
-        )
+        raise RuntimeError("attention: is_causal must be False where attn_mask is given, got both")
     transform = _route.composite_reason(query, key, value, attn_mask)
     reason = transform or _unsupported(query, key, value, attn_mask, enable_gqa)
     _route.report("attention", query.device, reason)
@@ -222,8 +221,10 @@ def dropout_mask(rng: Tensor, dropout_p: float, weights: Tensor) -> Tensor:
         v[start : start + width] = torch.eye(width, device=q.device)
         v = v.expand(batch, heads, keys, width)
         with torch.no_grad():
-            run = torch.ops.fused.attention_forward if _route.is_traced(rng) else (
-                _route.kernels().attention_forward
+            run = (
+                torch.ops.fused.attention_forward
+                if _route.is_traced(rng)
+                else (_route.kernels().attention_forward)
             )
             columns.append(run(q, k, v, None, rng, dropout_p, False, 1.0)[0])
     kept = torch.cat(columns, dim=-1) != 0
@@ -260,6 +261,4 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tens
     return (*grads, *[None] * (2 + len(ctx.options)))
 
 
-torch.library.register_autograd(
-    "fused::attention_forward", _backward, setup_context=_setup_context
-)
+torch.library.register_autograd("fused::attention_forward", _backward, setup_context=_setup_context)

@@ -17,6 +17,8 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: modules.LSTMCell,
 }
 
+_STOCK = tuple(TWINS)
+
 # In eval, under no_grad, these two would compute attention themselves and go around the module. An
 # attribute of each, which its constructor set, lets them: unset, they call their submodules.
 _FAST_PATH_SWITCH: dict[type[nn.Module], tuple[str, object]] = {
@@ -37,7 +39,9 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [f"{name or '(model)'}: {what}" for name, what in self.replaced.items()]
-        lines += [f"{name or '(model)'}: left alone, {why}" for name, why in self.left_alone.items()]
+        lines += [
+            f"{name or '(model)'}: left alone, {why}" for name, why in self.left_alone.items()
+        ]
         return "\n".join(lines) or "no module of a kind that fused replaces"
 
 
@@ -62,11 +66,13 @@ def patch(model: nn.Module) -> PatchReport:
             module.__dict__[_CLASS_BEFORE] = kind
             module.__class__ = TWINS[kind]
             report.replaced[name] = f"{kind.__name__} -> fused.{TWINS[kind].__name__}"
-        elif isinstance(module, tuple(TWINS)) and kind not in TWINS.values():
-            parametrized = parametrize.is_parametrized(module)
+        elif isinstance(module, _STOCK) and kind not in TWINS.values():
             stock = next(base.__name__ for base in kind.__mro__ if base in TWINS)
-            why = "parametrized" if parametrized else f"{kind.__name__} is a subclass of {stock}"
-            report.left_alone[name] = why
+            report.left_alone[name] = (
+                "parametrized"
+                if parametrize.is_parametrized(module)
+                else f"{kind.__name__} is a subclass of {stock}"
+            )
     for module in model.modules():
         switch = _FAST_PATH_SWITCH.get(type(module))
         if switch is not None and _holds_patched_attention(module):

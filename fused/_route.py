@@ -120,9 +120,7 @@ def composite_gradients(
                 allow_unused=True,
             )
         )
-    return tuple(
-        next(grads) if isinstance(x, Tensor) and x.requires_grad else None for x in views
-    )
+    return tuple(next(grads) if isinstance(x, Tensor) and x.requires_grad else None for x in views)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -136,7 +134,8 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
     dtype = torch.get_autocast_dtype(device_type)
     if is_traced(*tensors):
         return tuple(
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64
+            t.to(dtype)
+            if t is not None and t.is_floating_point() and t.dtype != torch.float64
             else t
             for t in tensors
         )

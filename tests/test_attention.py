@@ -98,8 +98,9 @@ def test_dropout_is_one_function_of_its_pair_on_every_backend(backend: torch.dev
     v = torch.eye(41, device=backend).expand(2, 3, 41, 41)
     kept = _route.kernels().attention_forward(q, k, v, None, rng, 0.25, False, None)[0] > 0
     # The first elements of head (1, 2), from an implementation of the paper in Python integers.
-    expected = [[philox_keeps(rng.tolist(), 1 * 3 + 2, i, j, 0.25) for j in range(41)]
-                for i in range(70)]
+    expected = [
+        [philox_keeps(rng.tolist(), 1 * 3 + 2, i, j, 0.25) for j in range(41)] for i in range(70)
+    ]
     assert kept[1, 2].tolist() == expected
     assert abs(kept.double().mean().item() - 0.75) < 0.02
 

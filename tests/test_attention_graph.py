@@ -11,7 +11,9 @@ import fused
 from fused.functional import scaled_dot_product_attention
 from fused.testing.cases.attention import CASES, AttentionCase
 
-SMALL = [AttentionCase("small", 1, 2, 1, rows=3, keys=4, head_dim=3, head_dim_v=2, mask="bool [S, T]")]
+SMALL = [
+    AttentionCase("small", 1, 2, 1, rows=3, keys=4, head_dim=3, head_dim_v=2, mask="bool [S, T]")
+]
 
 
 def double_inputs(case: AttentionCase) -> tuple[list[Tensor], dict]:
@@ -21,7 +23,7 @@ def double_inputs(case: AttentionCase) -> tuple[list[Tensor], dict]:
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_first_and_second_derivatives(causal: bool, backend: torch.device) -> None:
-    inputs, options = double_inputs(SMALL[0])
+    inputs, options = double_inputs(SMALL)
     if causal:
         options = {"is_causal": True, "enable_gqa": True}
 
@@ -61,11 +63,21 @@ def test_forward_mode_and_functorch() -> None:
     torch.testing.assert_close(batched, scaled_dot_product_attention(q, q, q))
 
 
-OPCHECK_CASES = ["plain", "causal wide", "grouped heads", "bool [H, 1, T]", "additive [S, T]",
-                 "heads last", "no rows", "wide values"]
+OPCHECK_CASES = [
+    "plain",
+    "causal wide",
+    "grouped heads",
+    "bool [H, 1, T]",
+    "additive [S, T]",
+    "heads last",
+    "no rows",
+    "wide values",
+]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in OPCHECK_CASES], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in OPCHECK_CASES], ids=lambda c: c.name
+)
 def test_opcheck(case: AttentionCase) -> None:
     (q, k, v), options = case.make(torch.float32, "cpu")
     constants = (options.get("attn_mask"), None, 0.0, options["is_causal"], options["scale"])
@@ -103,9 +115,12 @@ class Parent(nn.Module):
         self.norm = nn.LayerNorm(16)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x + self.attention(
-            self.norm(x), self.norm(x), self.norm(x), key_padding_mask=mask, need_weights=False
-        )[0]
+        return (
+            x
+            + self.attention(
+                self.norm(x), self.norm(x), self.norm(x), key_padding_mask=mask, need_weights=False
+            )[0]
+        )
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

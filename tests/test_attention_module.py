@@ -164,12 +164,12 @@ def test_bad_input_has_stock_errors() -> None:
     stock, ours = twins(batch_first=True)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     bad = [
-        dict(query=x[..., :7], key=x, value=x),
-        dict(query=x, key=x, value=x[:, :4]),
-        dict(query=x, key=x, value=x, attn_mask=torch.zeros(4, 5, dtype=torch.bool)),
-        dict(query=x, key=x, value=x, attn_mask=torch.zeros(5, 5, dtype=torch.int)),
-        dict(query=x, key=x, value=x, is_causal=True),
-        dict(query=x[0], key=x, value=x),
+        {"query": x[..., :7], "key": x, "value": x},
+        {"query": x, "key": x, "value": x[:, :4]},
+        {"query": x, "key": x, "value": x, "attn_mask": torch.zeros(4, 5, dtype=torch.bool)},
+        {"query": x, "key": x, "value": x, "attn_mask": torch.zeros(5, 5, dtype=torch.int)},
+        {"query": x, "key": x, "value": x, "is_causal": True},
+        {"query": x[0], "key": x, "value": x},
     ]
     for arguments, module in itertools.product(bad, (stock, ours)):
         with pytest.raises((AssertionError, RuntimeError)) as caught:

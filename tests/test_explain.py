@@ -51,8 +51,10 @@ def test_a_module_and_a_function_without_ops() -> None:
 
 def test_the_layers_run_kernels() -> None:
     x = torch.randn(3, 2, 8)
-    for module, count in ((fused.LSTM(8, 4, num_layers=2, bidirectional=True), 4),
-                          (fused.LSTMCell(8, 4), 1)):
+    for module, count in (
+        (fused.LSTM(8, 4, num_layers=2, bidirectional=True), 4),
+        (fused.LSTMCell(8, 4), 1),
+    ):
         inputs = x if count > 1 else x[0]
         explanation = fused.explain(module, inputs)
         assert len(explanation.paths) == count

@@ -17,9 +17,7 @@ class Subclass(nn.MultiheadAttention):
 
 
 def encoder(**options: object) -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(
-        16, 4, 32, dropout=0.0, batch_first=True, **options
-    )
+    layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True, **options)
     return nn.TransformerEncoder(layer, 2)
 
 

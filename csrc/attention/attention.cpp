@@ -92,8 +92,7 @@ void set_dropout(AttentionProblem& problem, double dropout_p,
   FUSED_CHECK_VALUE(rng.is_contiguous(), kOp, ": rng must be contiguous, got strides ",
                     rng.strides());
   problem.maybe_rng = rng.const_data_ptr<int64_t>();
-  problem.drop_threshold =
-      static_cast<uint32_t>(std::min(std::ldexp(dropout_p, 32), 4294967295.0));
+  problem.drop_threshold = static_cast<uint32_t>(std::min(std::ldexp(dropout_p, 32), 4294967295.0));
   problem.keep_scale = dropout_p == 1 ? 0 : 1 / (1 - dropout_p);
 }
 
@@ -125,10 +124,12 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention_forward(
-    const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-    const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& rng,
-    double dropout_p, bool is_causal, std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q_in, const at::Tensor& k_in,
+                                                     const at::Tensor& v_in,
+                                                     const std::optional<at::Tensor>& attn_mask,
+                                                     const std::optional<at::Tensor>& rng,
+                                                     double dropout_p, bool is_causal,
+                                                     std::optional<double> scale) {
   check_operands(q_in, k_in, v_in);
   const c10::DeviceGuard guard(q_in.device());
   const at::Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),

@@ -7,8 +7,8 @@
 // A row i that sees no key has lse = -inf, out = 0 and gives no gradient. NaN and infinities in the
 // inputs go where this maths takes them.
 //
-// B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a multiple
-// of G), D = head_dim of q and k, Dv = head_dim of v.
+// B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a
+// multiple of G), D = head_dim of q and k, Dv = head_dim of v.
 #pragma once
 
 #include <cstdint>
@@ -59,9 +59,9 @@ struct AttentionForwardParams : AttentionProblem {
 };
 
 struct AttentionBackwardParams : AttentionProblem {
-  const void* out;       // [B, H, S, Dv], as the forward pass left it
-  const void* grad_out;  // [B, H, S, Dv]
-  const void* lse;       // [B, H, S] contiguous, float (double for double)
+  const void* out;             // [B, H, S, Dv], as the forward pass left it
+  const void* grad_out;        // [B, H, S, Dv]
+  const void* lse;             // [B, H, S] contiguous, float (double for double)
   const void* maybe_grad_lse;  // [B, H, S] contiguous, like lse
   void* delta;   // [B, H, S] contiguous, like lse: scratch, sum(grad_out * out) - grad_lse
   void* grad_q;  // [B, H, S, D]

@@ -1,6 +1,7 @@
 // Attention backward, without atomics and without a score matrix in memory: the probabilities are
 // recomputed tile by tile from the saved log-sum-exp, as in FlashAttention (arXiv:2205.14135,
-// algorithm 4), once for the gradient of each operand, so that every sum has one owner and one order.
+// algorithm 4), once for the gradient of each operand, so that every sum has one owner and one
+// order.
 //
 //   p      = exp(s - lse),  dp = keep * (grad_out . v),  ds = p * (dp - delta)
 //   grad_q = scale * ds k,  grad_k = scale * ds^T q,  grad_v = (keep * p)^T grad_out
@@ -21,8 +22,8 @@ template <typename T>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_backward_delta_kernel(const AttentionBackwardParams p) {
   using A = Accumulator<T>;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * (kAttentionThreads / kWarpSize) +
-                        threadIdx.x / kWarpSize;
+  const int64_t index =
+      static_cast<int64_t>(blockIdx.x) * (kAttentionThreads / kWarpSize) + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   if (index >= static_cast<int64_t>(p.batch) * p.num_heads * p.seqlen_q) return;
   const int64_t row = index % p.seqlen_q, head = index / p.seqlen_q % p.num_heads,
@@ -63,8 +64,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const int32_t head_end = kOwnsQueries ? place.head + 1 : head_begin + group;
   for (int32_t head = head_begin; head < head_end; ++head) {
     const auto q = head_matrix<T>(p.q, p.q_strides, place.batch, head, p.seqlen_q, p.head_dim);
-    const auto grad_out = head_matrix<T>(p.grad_out, p.grad_out_strides, place.batch, head,
-                                         p.seqlen_q, p.head_dim_v);
+    const auto grad_out =
+        head_matrix<T>(p.grad_out, p.grad_out_strides, place.batch, head, p.seqlen_q, p.head_dim_v);
     const int64_t row_base = (static_cast<int64_t>(place.batch) * p.num_heads + head) * p.seqlen_q;
     const A* lse = static_cast<const A*>(p.lse) + row_base;
     const A* delta = static_cast<const A*>(p.delta) + row_base;

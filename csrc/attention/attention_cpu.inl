@@ -124,8 +124,8 @@ static void mask_scores(const AttentionProblem& p, const TilePlace<kOwnsQueries>
       for (int32_t i = 0; i < kOwnRows<A>; ++i) of_other[i] *= scale;
     } else {
       for (int32_t i = 0; i < tile.own_rows; ++i) {
-        of_other[i] = masked_score(p, tile.batch, tile.head, tile.row(i, j), tile.column(i, j),
-                                   of_other[i]);
+        of_other[i] =
+            masked_score(p, tile.batch, tile.head, tile.row(i, j), tile.column(i, j), of_other[i]);
       }
     }
   }
@@ -155,7 +155,8 @@ static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max,
   for (int32_t j = 0; j < other_rows; ++j) {
     const A* of_key = scores + j * kRows;
 #pragma omp simd
-    for (int32_t i = 0; i < kRows; ++i) new_max[i] = of_key[i] > new_max[i] ? of_key[i] : new_max[i];
+    for (int32_t i = 0; i < kRows; ++i)
+      new_max[i] = of_key[i] > new_max[i] ? of_key[i] : new_max[i];
   }
   bool changed = false;
 #pragma omp simd reduction(| : changed)
@@ -208,8 +209,8 @@ static void forward_tasks(const AttentionForwardParams& p, int64_t begin, int64_
 
     const int32_t key_end = visible_keys(p, own_row + rows - 1);
     for (int32_t key = 0; key < key_end; key += kOtherRows) {
-      const TilePlace<true> tile{batch, head, own_row, rows, key,
-                                 std::min(kOtherRows, key_end - key)};
+      const TilePlace<true> tile{batch, head, own_row,
+                                 rows,  key,  std::min(kOtherRows, key_end - key)};
       pair_products(tile_rows(k, key, tile.other_rows, buffer.data()), tile.other_rows, own.data(),
                     rows, p.head_dim, scores.data());
       mask_scores(p, tile, scores.data());
@@ -316,8 +317,8 @@ static void backward_tasks(const AttentionBackwardParams& p, int64_t begin, int6
     const int32_t head_end = kOwnsQueries ? own_head + 1 : head_begin + group;
     for (int32_t head = head_begin; head < head_end; ++head) {
       const auto q = head_matrix<T>(p.q, p.q_strides, batch, head, p.head_dim);
-      const auto grad_out = head_matrix<T>(p.grad_out, p.grad_out_strides, batch, head,
-                                           p.head_dim_v);
+      const auto grad_out =
+          head_matrix<T>(p.grad_out, p.grad_out_strides, batch, head, p.head_dim_v);
       if (kOwnsQueries) {
         pack_transposed(q, own_row, rows, own.data());
         pack_transposed(grad_out, own_row, rows, own_v.data());
@@ -326,9 +327,8 @@ static void backward_tasks(const AttentionBackwardParams& p, int64_t begin, int6
           kOwnsQueries ? 0 : first_row_seeing(p, own_row) / kOtherRows * kOtherRows;
       const int32_t other_end = kOwnsQueries ? visible_keys(p, own_row + rows - 1) : p.seqlen_q;
       for (int32_t other_row = other_begin; other_row < other_end; other_row += kOtherRows) {
-        const TilePlace<kOwnsQueries> tile{batch,     head,      own_row,
-                                           rows,      other_row, std::min(kOtherRows,
-                                                                          other_end - other_row)};
+        const TilePlace<kOwnsQueries> tile{
+            batch, head, own_row, rows, other_row, std::min(kOtherRows, other_end - other_row)};
         const auto other =
             tile_rows(kOwnsQueries ? k : q, other_row, tile.other_rows, buffer.data());
         const auto other_v =
@@ -339,8 +339,7 @@ static void backward_tasks(const AttentionBackwardParams& p, int64_t begin, int6
         backward_weights(p, tile, scores.data(), dots.data());
         accumulate(other, tile.other_rows, dots.data(), rows, p.head_dim, result.data());
         if (!kOwnsQueries) {
-          accumulate(other_v, tile.other_rows, scores.data(), rows, p.head_dim_v,
-                     result_v.data());
+          accumulate(other_v, tile.other_rows, scores.data(), rows, p.head_dim_v, result_v.data());
         }
       }
     }

@@ -1,5 +1,5 @@
-// The attention functions that Python and torch.library bind. Checked, allocating, differentiable by
-// what wraps them.
+// The attention functions that Python and torch.library bind. Checked, allocating, differentiable
+// by what wraps them.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -21,10 +21,10 @@
 namespace fused {
 
 constexpr int kAttentionThreads = 256;
-constexpr int kOwn = 64;     // own rows of a block
-constexpr int kOther = 32;   // other rows of a tile: one for each lane in the softmax
-constexpr int kDepth = 32;   // elements of the head dim that pair_products stages at a time
-constexpr int kWidth = 64;   // columns of the result that a block computes
+constexpr int kOwn = 64;            // own rows of a block
+constexpr int kOther = 32;          // other rows of a tile: one for each lane in the softmax
+constexpr int kDepth = 32;          // elements of the head dim that pair_products stages at a time
+constexpr int kWidth = 64;          // columns of the result that a block computes
 constexpr int kPitch = kDepth + 1;  // odd, so that walking down a column meets all banks
 constexpr int kRowsPerThread = 4;
 constexpr int kColumnsPerThread = 2;
@@ -66,8 +66,7 @@ __device__ __forceinline__ void load_tile(A* tile, int pitch, const HeadMatrix<T
   const bool aligned = is_pack_aligned(matrix.data, matrix.row_stride);
   for (int i = threadIdx.x; i < kRows * kPacksPerRow; i += kAttentionThreads) {
     const int tile_row = i / kPacksPerRow, tile_column = i % kPacksPerRow * kSize;
-    const int32_t inside =
-        row + tile_row < matrix.rows ? matrix.columns - column - tile_column : 0;
+    const int32_t inside = row + tile_row < matrix.rows ? matrix.columns - column - tile_column : 0;
     const T* source = matrix.data + (row + tile_row) * matrix.row_stride + column + tile_column;
     const Pack<T> pack =
         aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);

@@ -48,8 +48,9 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = accumulate ? Vector(*reinterpret_cast<const Unaligned*>(c + r * ldc + v * kLanes<A>))
-                             : Vector{};
+      sum[r][v] = accumulate
+                      ? Vector(*reinterpret_cast<const Unaligned*>(c + r * ldc + v * kLanes<A>))
+                      : Vector{};
     }
   }
   for (int64_t i = 0; i < k; ++i) {

@@ -18,10 +18,11 @@
 
 #include <c10/cuda/CUDAStream.h>
 
-#define FUSED_DISPATCH(tensor, launcher, params)                                      \
-  ((tensor).is_cuda() ? launcher##_cuda(params, c10::cuda::getCurrentCUDAStream(      \
-                                                    (tensor).device().index()).stream()) \
-                      : launcher##_cpu(params))
+#define FUSED_DISPATCH(tensor, launcher, params)                                              \
+  ((tensor).is_cuda()                                                                         \
+       ? launcher##_cuda(params,                                                              \
+                         c10::cuda::getCurrentCUDAStream((tensor).device().index()).stream()) \
+       : launcher##_cpu(params))
 
 #else
 

@@ -9,8 +9,8 @@
 #define FUSED_VECTOR_BYTES 16
 namespace fused {
 namespace generic {
-#include "common/vector_math.inl"
 #include "common/block_gemm.inl"
+#include "common/vector_math.inl"
 #include FUSED_CPU_KERNELS
 }  // namespace generic
 }  // namespace fused
@@ -22,8 +22,8 @@ namespace generic {
 #define FUSED_VECTOR_BYTES 32
 namespace fused {
 namespace avx2 {
-#include "common/vector_math.inl"
 #include "common/block_gemm.inl"
+#include "common/vector_math.inl"
 #include FUSED_CPU_KERNELS
 }  // namespace avx2
 }  // namespace fused
@@ -35,15 +35,15 @@ namespace avx2 {
 #define FUSED_VECTOR_BYTES 64
 namespace fused {
 namespace avx512 {
-#include "common/vector_math.inl"
 #include "common/block_gemm.inl"
+#include "common/vector_math.inl"
 #include FUSED_CPU_KERNELS
 }  // namespace avx512
 }  // namespace fused
 #undef FUSED_VECTOR_BYTES
 #pragma GCC pop_options
 
-#define FUSED_ISA_DISPATCH(function, ...)                               \
+#define FUSED_ISA_DISPATCH(function, ...)                                          \
   (::fused::current_isa() == ::fused::Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
    : ::fused::current_isa() == ::fused::Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
                                                    : generic::function(__VA_ARGS__))

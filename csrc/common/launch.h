@@ -77,9 +77,8 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, 
 #else
   const void* address = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {
-    const Status raised = detail::status_of(
-        cudaFuncSetAttribute(address, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shared_bytes)));
+    const Status raised = detail::status_of(cudaFuncSetAttribute(
+        address, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     if (raised) return raised;
   }
   return detail::launch_values(address, grid, block, shared_bytes, stream, values,

@@ -19,10 +19,9 @@ FUSED_HOST_DEVICE Philox4 philox4x32_10(uint64_t key, Philox4 counter) {
   for (int round = 0; round < 10; ++round) {
     const uint64_t product_x = static_cast<uint64_t>(kMultiplierX) * c.x;
     const uint64_t product_z = static_cast<uint64_t>(kMultiplierZ) * c.z;
-    c = Philox4{static_cast<uint32_t>(product_z >> 32) ^ c.y ^ key_x,
-                static_cast<uint32_t>(product_z),
-                static_cast<uint32_t>(product_x >> 32) ^ c.w ^ key_y,
-                static_cast<uint32_t>(product_x)};
+    c = Philox4{
+        static_cast<uint32_t>(product_z >> 32) ^ c.y ^ key_x, static_cast<uint32_t>(product_z),
+        static_cast<uint32_t>(product_x >> 32) ^ c.w ^ key_y, static_cast<uint32_t>(product_x)};
     key_x += kWeylX;
     key_y += kWeylY;
   }

@@ -53,9 +53,9 @@ class Attention(nn.MultiheadAttention):
             query: ``[L, N, E]``, ``[N, L, E]`` with ``batch_first``, or ``[L, E]``.
             key: ``[S, N, kdim]``, ``[N, S, kdim]`` with ``batch_first``, or ``[S, kdim]``.
             value: as key, with ``vdim``.
-            key_padding_mask: ``[N, S]`` or ``[S]``; bool with True for keys to hide, or floating.
+            key_padding_mask: ``[N, S]`` or ``[S]``; bool, True for keys to hide, or floating.
             need_weights: also return the weights, at the price of computing them.
-            attn_mask: ``[L, S]`` or ``[N * H, L, S]``; bool with True for what to hide, or floating.
+            attn_mask: ``[L, S]`` or ``[N * H, L, S]``; bool, True for what to hide, or floating.
             average_attn_weights: average the returned weights over the heads.
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask.
 
@@ -104,14 +104,15 @@ class Attention(nn.MultiheadAttention):
         """Stock's errors for bad input, in stock's wording."""
         if query.dim() == 3 and self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
+        check = F._mha_shape_check  # type: ignore[attr-defined]
+        check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"only bool and floating types of {name} are supported")
         if is_causal and attn_mask is None:
             raise RuntimeError(
-                "Need attn_mask if specifying the is_causal hint. You may use the Transformer module "
-                "method `generate_square_subsequent_mask` to create this mask."
+                "Need attn_mask if specifying the is_causal hint. You may use the Transformer "
+                "module method `generate_square_subsequent_mask` to create this mask."
             )
         if query.shape[-1] != self.embed_dim:
             raise AssertionError(
@@ -126,8 +127,8 @@ class Attention(nn.MultiheadAttention):
             expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
             if attn_mask.shape != expected:
                 raise RuntimeError(
-                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but should "
-                    f"be {expected}."
+                    f"The shape of the {attn_mask.dim()}D attn_mask is {attn_mask.shape}, but "
+                    f"should be {expected}."
                 )
 
     @staticmethod
@@ -140,24 +141,22 @@ class Attention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The input projections, as few matrix products as the inputs allow."""
-        size, bias = self.embed_dim, self.in_proj_bias
-        if not self._qkv_same_embed_dim:
-            biases = bias.chunk(3) if bias is not None else (None, None, None)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            inputs = (query, key, value)
-            return tuple(
-                F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True)
-            )
-        weight = self.in_proj_weight
-        if query is key and key is value:
+        size, bias, weight = self.embed_dim, self.in_proj_bias, self.in_proj_weight
+        if self._qkv_same_embed_dim and query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, dim=-1)
-        sizes = [size, 2 * size] if key is value else [size, size, size]
-        biases = bias.split(sizes) if bias is not None else (None,) * len(sizes)
-        inputs = (query, key) if key is value else (query, key, value)
-        projected = [
-            F.linear(x, w, b) for x, w, b in zip(inputs, weight.split(sizes), biases, strict=True)
-        ]
-        return (projected[0], *(projected[1].chunk(2, dim=-1) if key is value else projected[1:]))
+        if self._qkv_same_embed_dim and key is value:
+            w_q, w_kv = weight.split([size, 2 * size])
+            b_q, b_kv = bias.split([size, 2 * size]) if bias is not None else (None, None)
+            return (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, dim=-1))
+        biases = bias.chunk(3) if bias is not None else (None, None, None)
+        weights = (
+            weight.chunk(3)
+            if self._qkv_same_embed_dim
+            else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        )
+        return tuple(
+            F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
 
     def _with_added_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Appends bias_k, bias_v and the zero key, and says how many they were."""

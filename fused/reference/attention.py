@@ -19,8 +19,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """softmax(scale * q k^T + mask) v in float64.
 
-    query ``[..., H, S, D]``, key ``[..., G, T, D]``, value ``[..., G, T, Dv]`` with G a divisor of H;
-    ``keep`` is dropout's factor, broadcastable to ``[..., H, S, T]``. A row that sees no key is zero.
+    query ``[..., H, S, D]``, key ``[..., G, T, D]``, value ``[..., G, T, Dv]`` with G a divisor of
+    H; ``keep`` is dropout's factor, broadcastable to ``[..., H, S, T]``. A row that sees no key is
+    zero.
     """
     q, k, v = (t.double() for t in (query, key, value))
     group = q.shape[-3] // k.shape[-3] if k.shape[-3] else 1

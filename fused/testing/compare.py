@@ -12,13 +12,13 @@ def assert_as_accurate_as_stock(
     """Asserts that `actual` is at most twice as far from the truth as stock PyTorch is.
 
     `expected` is the float64 definition, `stock` the same maths by PyTorch's own operators in the
-    dtype of `actual`. Two units in the last place of the largest expected value are granted besides,
-    because on tiny cases stock is often exact. NaN and infinities must stand where the definition
-    has them.
+    dtype of `actual`. Two units in the last place of the largest expected value are granted
+    besides, because on tiny cases stock is often exact. NaN and infinities must stand where the
+    definition has them.
 
-    A float64 result has no truth above it. Pass stock's float32 result, whose error is scaled by the
-    ratio of the two types' units in the last place; as the definition's own error, once stock's and
-    two units in the last place are granted on top.
+    A float64 result has no truth above it. Pass stock's float32 result, whose error is scaled by
+    the ratio of the two types' units in the last place; as the definition's own error, once stock's
+    and two units in the last place are granted on top.
     """
     assert actual.shape == expected.shape, f"{what}: shape {actual.shape}, not {expected.shape}"
     stock_dtype = torch.float32 if actual.dtype == torch.float64 else actual.dtype
