@@ -347,12 +347,21 @@ def test_what_no_kernel_covers_is_the_twins() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
 def test_every_option_has_a_kernel(dtype: torch.dtype) -> None:
-    paths: list[tuple[str, str]] = []
-    with _route.listen(lambda op, path, refused: paths.append((op, path))):
+    decisions: set[tuple[str, str | None]] = set()
+    with _route.listen(lambda op, device, reason: decisions.add((op, reason))):
         for configuration in CONFIGURATIONS:
             module = fused.LSTM(**configuration, dtype=dtype)
             for args in inputs_of(configuration, dtype):
                 module(*args)
         cell = fused.LSTMCell(3, 5, dtype=dtype)
         cell(torch.randn(2, 3, dtype=dtype))
-    assert set(paths) == {("lstm", "kernel"), ("lstm_cell", "kernel")}
+    assert decisions == {("lstm", None), ("lstm_cell", None)}
+
+
+def test_explain_names_the_path_and_the_reason() -> None:
+    x = torch.randn(4, 2, 3)
+    explanation = fused.explain(fused.LSTM(3, 5, bidirectional=True), x)
+    assert len(explanation.paths) == 2 and "composite" not in explanation.paths
+    module = fused.LSTM(3, 5, dtype=torch.complex64)
+    explanation = fused.explain(module, x.to(torch.complex64))
+    assert explanation.paths == ("composite",) and "complex64" in str(explanation)
