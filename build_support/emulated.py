@@ -1,6 +1,6 @@
 """Builds the tests' module, in which the CUDA kernels run on the CPU, and prints its path.
 
-    python -m build_support.emulated [plain | races | sanitized | coverage]
+    python -m build_support.emulated [plain | races | sanitized | coverage | quick]
 
 docs/emulator.md says what the variants are for; `make check-full` runs the suite on each.
 """
@@ -28,8 +28,10 @@ VARIANTS: Mapping[str, Mapping[Kind, tuple[str, ...]]] = {
     },
     # Python is not compiled with it: it runs with LD_PRELOAD=$(g++ -print-file-name=libasan.so).
     "sanitized": {Kind.CUDA: _SANITIZE, Kind.EMULATOR: _SANITIZE},
+    # To be compiled once and run little, as tests/emulator/mutants.py does.
+    "quick": {Kind.CUDA: ("-O1",)},
     # Not optimised, so that a line that ran is a line that counts.
-    "coverage": {Kind.CUDA: ("--coverage", "-O0")},
+    "coverage": {Kind.CUDA: ("--coverage", "-O0", "-g")},
 }
 LINK_FLAGS: Mapping[str, tuple[str, ...]] = {
     "sanitized": ("-fsanitize=address,undefined",),

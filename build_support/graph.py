@@ -44,7 +44,8 @@ KERNEL_FLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 # run once per test, and compile in half the time.
 EMULATED_KERNEL_FLAGS = ["-O2", "-fno-math-errno", "-Wno-unknown-pragmas"]
 # A misaligned vector access traps on a GPU: here it calls csrc/emulator/access_checks.cpp.
-ACCESS_CHECK_FLAGS = ["-fsanitize=alignment,bounds"]
+# Kernels read floats as packs of 16 bytes and back, as nvcc lets them.
+EMULATED_ONLY_FLAGS = ["-fsanitize=alignment,bounds", "-fno-strict-aliasing"]
 KERNEL_STANDARD = "-std=c++17"
 GLUE_STANDARD = "-std=c++20"  # torch's headers ask for it
 
@@ -102,7 +103,7 @@ class Graph:
         else:
             flags = self.toolchain.flags(source.kind, defines)
             if source.kind is Kind.CUDA:
-                flags += [*ACCESS_CHECK_FLAGS, "-x c++"]
+                flags += [*EMULATED_ONLY_FLAGS, "-x c++"]
         rule = "nvcc" if use_nvcc else "cxx"
         self.edges.append(Edge(rule, output, [source.path], flags))
         return output
