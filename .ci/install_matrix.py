@@ -255,7 +255,7 @@ def moved_wheel(env: Environment, work: Path, source: Path) -> None:
         f"torch {CUDA_TORCH.partition('==')[2]}",
         "pip install --no-cache-dir --force-reinstall --no-deps",
     )
-    print("    " + error[error.index("ImportError") :].rstrip().replace("\n", "\n    "))
+    print("    " + error[error.rindex("ImportError") :].rstrip().replace("\n", "\n    "))
 
 
 def old(work: Path, source: Path) -> None:

@@ -84,11 +84,27 @@ def load() -> ModuleType:
 
 
 def rebuild_command() -> str:
-    """The command that builds this installation anew.
+    """The command that builds this installation anew, from where it came.
 
     --no-cache-dir: pip may hold a wheel that it built for another torch.
     """
-    source = "fused-kernels"
+    return f"pip install --no-cache-dir --force-reinstall --no-deps {_source()}"
+
+
+def _source() -> str:
     if (_FOLDER.parent / "setup.py").exists():
-        source = f"-e {_FOLDER.parent}"
-    return f"pip install --no-cache-dir --force-reinstall --no-deps {source}"
+        return f"-e {_FOLDER.parent}"
+    # Here, because only an error needs it.
+    import json
+    from importlib import metadata
+
+    try:
+        record = metadata.distribution("fused-kernels").read_text("direct_url.json")
+    except metadata.PackageNotFoundError:
+        record = None
+    origin = json.loads(record or "{}")
+    if "vcs_info" in origin:
+        return f"{origin['vcs_info']['vcs']}+{origin['url']}"
+    if "dir_info" in origin:
+        return str(origin["url"]).removeprefix("file://")
+    return "fused-kernels"  # from an index, or a wheel, which cannot be built again
