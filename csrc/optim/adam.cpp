@@ -21,6 +21,11 @@ struct AdamLists {
   }
 };
 
+void check_state(const char* name, const at::Tensor& state, const at::Tensor& param) {
+  check_operand(kOp, name, state, param);
+  check_writable(kOp, name, state);
+}
+
 void check(const AdamLists& lists, const AdamOptions& options) {
   const size_t length = lists.params.size();
   check_length(kOp, "grads", lists.grads, length);
@@ -36,9 +41,10 @@ void check(const AdamLists& lists, const AdamOptions& options) {
   for (const auto i : c10::irange(length)) {
     const at::Tensor& param = lists.params[i];
     check_param(kOp, param, lists.grads[i]);
-    check_operand(kOp, "exp_avg", lists.exp_avgs[i], param);
-    check_operand(kOp, "exp_avg_sq", lists.exp_avg_sqs[i], param);
-    if (options.amsgrad) check_operand(kOp, "max_exp_avg_sq", lists.max_exp_avg_sqs[i], param);
+    if (options.grad_scale) check_writable(kOp, "grad", lists.grads[i]);
+    check_state("exp_avg", lists.exp_avgs[i], param);
+    check_state("exp_avg_sq", lists.exp_avg_sqs[i], param);
+    if (options.amsgrad) check_state("max_exp_avg_sq", lists.max_exp_avg_sqs[i], param);
     check_step(kOp, lists.steps[i], param, options.capturable);
   }
 }
@@ -61,7 +67,7 @@ AdamTensor flatten(FlatTensors& flat, const AdamLists& lists, size_t i,
 }
 
 void run(const AdamLists& lists, const AdamOptions& options) {
-  FlatTensors flat(kOp);
+  FlatTensors flat;
   std::vector<Batch<AdamTensor>> batches;
   for (const auto i : c10::irange(lists.params.size())) {
     batch_of(batches, lists.params[i]).tensors.push_back(flatten(flat, lists, i, options));

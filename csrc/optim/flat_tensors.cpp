@@ -1,6 +1,5 @@
 #include "optim/flat_tensors.h"
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/ops/empty_like.h>
 
 #include "common/checks.h"
@@ -22,9 +21,6 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 }  // namespace
 
 void* FlatTensors::param(const at::Tensor& param) {
-  FUSED_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, op_,
-                    ": params must not hold one memory location twice, got strides ",
-                    param.strides());
   if (param.is_non_overlapping_and_dense()) {
     layout_ = param;
     written_.push_back(param);
@@ -40,9 +36,6 @@ void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
   at::Tensor copy = at::empty_like(layout_);
   copy.copy_(tensor.detach());
   if (written) {
-    FUSED_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op_,
-                      ": state must not hold one memory location twice, got strides ",
-                      tensor.strides());
     copies_.emplace_back(tensor, copy);
   } else {
     temporaries_.push_back(copy);

@@ -13,8 +13,6 @@ namespace fused {
 // contiguous copy's. Nothing that the caller can see is written before finish().
 class FlatTensors {
  public:
-  explicit FlatTensors(const char* op) : op_(op) {}
-
   // The parameter's array. Sets the layout that operand() asks of the others.
   void* param(const at::Tensor& param);
 
@@ -32,7 +30,6 @@ class FlatTensors {
   void finish() const;
 
  private:
-  const char* op_;
   at::Tensor layout_;                // of the current parameter; dense
   std::vector<at::Tensor> written_;  // as the caller knows them
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // (the caller's, ours) to copy back

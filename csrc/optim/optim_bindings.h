@@ -3,7 +3,6 @@
 // they are many and small. A header, for bindings/module.cpp to include.
 #pragma once
 
-#include <ATen/ops/empty_like.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -164,11 +163,8 @@ inline Outcome adam_group(const py::list& params, const py::dict& state, const p
   return std::nullopt;
 }
 
-// A group's tensors for SGD: those whose momentum buffer holds something, and those that begin.
-struct SgdLists {
-  std::vector<at::Tensor> params, grads, buffers;
-};
-
+// "uninitialised" where a parameter has no momentum buffer yet: then the caller makes them, and says
+// by sgd_lists which are new.
 inline Outcome sgd_group(const py::list& params, const py::dict& state, const py::handle& lr,
                          double weight_decay, double momentum, double dampening, bool nesterov,
                          bool maximize, bool capturable,
@@ -177,49 +173,48 @@ inline Outcome sgd_group(const py::list& params, const py::dict& state, const py
   static PyObject* const buffer_name = PyUnicode_InternFromString("momentum_buffer");
   const Number lr_number(lr);
   StateWalker walker(state);
-  SgdLists later, first;
-  std::vector<PyObject*> first_objects;
+  std::vector<at::Tensor> with_grad, grads, begun, begun_grads, buffers;
   const auto visit = [&](PyObject* object, const at::Tensor& param,
                          const at::Tensor& grad) -> const char* {
+    with_grad.push_back(param);
+    grads.push_back(grad);
     PyObject* entry = momentum != 0 ? walker.find(object) : nullptr;
     PyObject* buffer = entry ? PyDict_GetItemWithError(entry, buffer_name) : nullptr;
-    const bool has_buffer = buffer != nullptr && buffer != Py_None;
-    if (momentum != 0 && !has_buffer) first_objects.push_back(object);
-    SgdLists& lists = momentum == 0 || has_buffer ? later : first;
-    lists.params.push_back(param);
-    lists.grads.push_back(grad);
-    if (!has_buffer) return nullptr;
-    lists.buffers.push_back(state_tensor(entry, buffer_name));
-    return refusal(lists.buffers.back());
+    if (buffer == nullptr || buffer == Py_None) return nullptr;
+    begun.push_back(param);
+    begun_grads.push_back(grad);
+    buffers.push_back(state_tensor(entry, buffer_name));
+    return refusal(buffers.back());
   };
   if (const char* reason = for_each_gradient(params, visit)) return reason;
-
-  SgdOptions options{lr_number.value, weight_decay,     momentum,
-                     dampening,       nesterov,         maximize,
-                     /*first_step=*/false, capturable,  lr_number.tensor,
-                     grad_scale,      found_inf};
-  {
-    const py::gil_scoped_release no_gil;
-    RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
-    check_gradients("sgd", first.params, first.grads);
-    sgd_step(later.params, later.grads, later.buffers, options, /*check_only=*/true);
-    if (check_only) return std::nullopt;
-    // A buffer that a skipped step left unset must not count as begun, and whether it is skipped
-    // only the tensor knows: the one read of it by the host, at a parameter's first step.
-    if (!first.params.empty() && found_inf && found_inf->item<float>() != 0) return std::nullopt;
-    for (const at::Tensor& param : first.params) {
-      first.buffers.push_back(at::empty_like(param.detach()));
-    }
-    sgd_step(later.params, later.grads, later.buffers, options, /*check_only=*/false);
-    options.first_step = true;
-    sgd_step(first.params, first.grads, first.buffers, options, /*check_only=*/false);
+  const SgdOptions options{lr_number.value, weight_decay, momentum,         dampening,
+                           nesterov,        maximize,     /*first_step=*/false, capturable,
+                           lr_number.tensor, grad_scale,  found_inf};
+  const py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
+  if (momentum != 0 && begun.size() < with_grad.size()) {
+    check_gradients("sgd", with_grad, grads);
+    sgd_step(begun, begun_grads, buffers, options, /*check_only=*/true);
+    return "uninitialised";
   }
-  for (size_t i = 0; i < first_objects.size(); ++i) {
-    // The optimizer's state makes an entry where there is none.
-    const py::object entry = state[py::handle(first_objects[i])];
-    entry[py::handle(buffer_name)] = first.buffers[i];
-  }
+  sgd_step(with_grad, grads, buffers, options, check_only);
   return std::nullopt;
+}
+
+using Tensors = std::vector<at::Tensor>;
+
+inline void sgd_lists(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+                      const py::handle& lr, double weight_decay, double momentum, double dampening,
+                      bool nesterov, bool maximize, bool first_step, bool capturable,
+                      const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf) {
+  const Number lr_number(lr);
+  const SgdOptions options{lr_number.value, weight_decay, momentum,   dampening, nesterov,
+                           maximize,        first_step,   capturable, lr_number.tensor,
+                           grad_scale,      found_inf};
+  const py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
+  sgd_step(params, grads, momentum_buffers, options, /*check_only=*/false);
 }
 
 inline void bind(py::module_& module) {
@@ -231,6 +226,10 @@ inline void bind(py::module_& module) {
   module.def("sgd_group", &sgd_group, arg("params"), arg("state"), arg("lr"), arg("weight_decay"),
              arg("momentum"), arg("dampening"), arg("nesterov"), arg("maximize"),
              arg("capturable"), arg("grad_scale"), arg("found_inf"), arg("check_only"));
+  module.def("sgd_lists", &sgd_lists, arg("params"), arg("grads"), arg("momentum_buffers"),
+             arg("lr"), arg("weight_decay"), arg("momentum"), arg("dampening"), arg("nesterov"),
+             arg("maximize"), arg("first_step"), arg("capturable"), arg("grad_scale"),
+             arg("found_inf"));
 }
 
 }  // namespace fused::optim_bindings

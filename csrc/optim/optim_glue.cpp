@@ -72,7 +72,13 @@ void check_param(const char* op, const at::Tensor& param, const at::Tensor& grad
                     param.layout());
   dtype_of(op, "params", param);
   check_device(op, "params", param);
+  check_writable(op, "params", param);
   check_operand(op, "grad", grad, param);
+}
+
+void check_writable(const char* op, const char* argument, const at::Tensor& tensor) {
+  FUSED_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op, ": ", argument,
+                    " must not hold one memory location twice, got strides ", tensor.strides());
 }
 
 void check_gradients(const char* op, at::TensorList params, at::TensorList grads) {

@@ -68,6 +68,9 @@ void check_param(const char* op, const at::Tensor& param, const at::Tensor& grad
 void check_operand(const char* op, const char* argument, const at::Tensor& tensor,
                    const at::Tensor& param);
 
+// Throws where one memory location holds several elements, which cannot all be written.
+void check_writable(const char* op, const char* argument, const at::Tensor& tensor);
+
 // Whether two of the parameters share memory, so that the order of their updates matters.
 bool share_memory(at::TensorList params);
 

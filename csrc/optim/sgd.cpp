@@ -21,15 +21,17 @@ void check(at::TensorList params, at::TensorList grads, at::TensorList momentum_
   check_scalar(kOp, "found_inf", options.found_inf);
   for (const auto i : c10::irange(params.size())) {
     check_param(kOp, params[i], grads[i]);
+    if (options.grad_scale) check_writable(kOp, "grad", grads[i]);
     if (options.momentum != 0) {
       check_operand(kOp, "momentum_buffer", momentum_buffers[i], params[i]);
+      check_writable(kOp, "momentum_buffer", momentum_buffers[i]);
     }
   }
 }
 
 void run(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
          const SgdOptions& options) {
-  FlatTensors flat(kOp);
+  FlatTensors flat;
   std::vector<Batch<SgdTensor>> batches;
   for (const auto i : c10::irange(params.size())) {
     SgdTensor tensor;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,14 +44,31 @@ class SGD(FusedStep, torch.optim.SGD):
         has_sparse_grad = self._init_group(group, params, grads, buffers)
         return params, grads, buffers, has_sparse_grad
 
+    def _first_step(self, group: Group) -> None:
+        params, grads, buffers, _ = self._lists(group)
+        self._begin(group, params, grads, buffers, self._kernel_call)
+
     def _registered_step(self, group: Group) -> None:
         params, grads, buffers, has_sparse_grad = self._lists(group)
         if has_sparse_grad or group["differentiable"] or any(p.is_complex() for p in params):
-            return self._stock_step(group, params, grads, buffers, has_sparse_grad)
-        if group["momentum"] == 0 or None not in buffers:
+            self._stock_step(group, params, grads, buffers, has_sparse_grad)
+        elif group["momentum"] == 0 or None not in buffers:
             begun = [buffer for buffer in buffers if buffer is not None]
-            return self._registered_call(group, params, grads, begun, first_step=False)
-        # As in C++: a buffer that a skipped step leaves unset must not count as begun.
+            self._registered_call(group, params, grads, begun, first_step=False)
+        else:
+            self._begin(group, params, grads, buffers, self._registered_call)
+
+    def _begin(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor | None],
+        call: Callable[..., None],
+    ) -> None:
+        """Steps the parameters that have a buffer, and those whose buffer begins."""
+        # A buffer that a skipped step left unset must not count as begun, and whether it is skipped
+        # only the tensor knows: the one time that the host reads it, at a parameter's first step.
         found_inf = self._grad_scaler()[1]
         if found_inf is not None and found_inf.item() != 0:
             return
@@ -60,10 +77,35 @@ class SGD(FusedStep, torch.optim.SGD):
             chosen = [(p, g, b) for p, g, b in triples if (b is None) == first_step]
             some_params, some_grads = [p for p, _, _ in chosen], [g for _, g, _ in chosen]
             some_buffers = [torch.empty_like(p) if b is None else b for p, _, b in chosen]
-            self._registered_call(
-                group, some_params, some_grads, some_buffers, first_step=first_step
-            )
+            if chosen:
+                call(group, some_params, some_grads, some_buffers, first_step=first_step)
             self._keep_buffers(some_params, some_buffers)
+
+    def _kernel_call(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        *,
+        first_step: bool,
+    ) -> None:
+        grad_scale, found_inf = self._grad_scaler()
+        _route.kernels().sgd_lists(
+            params,
+            grads,
+            buffers,
+            group["lr"],
+            number(group["weight_decay"]),
+            number(group["momentum"]),
+            number(group["dampening"]),
+            group["nesterov"],
+            group["maximize"],
+            first_step,
+            False,
+            grad_scale,
+            found_inf,
+        )
 
     def _registered_call(
         self,

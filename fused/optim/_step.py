@@ -42,6 +42,10 @@ class FusedStep(Optimizer):
         """The group's one C++ call; None when done, else why not."""
         raise NotImplementedError
 
+    def _first_step(self, group: Group) -> None:
+        """The same for a group in which a parameter's state begins."""
+        self._kernel_step(group, check_only=False)
+
     def _registered_step(self, group: Group) -> None:
         """The same through torch.ops.fused."""
         raise NotImplementedError
@@ -103,8 +107,10 @@ class FusedStep(Optimizer):
         for parameter, state in new_states:
             self.state[parameter] = state
         for group, outcome in zip(groups, outcomes, strict=True):
-            if outcome in (None, UNINITIALISED):
+            if outcome is None:
                 self._kernel_step(group, check_only=False)
+            elif outcome == UNINITIALISED:
+                self._first_step(group)
             elif outcome == MODE:
                 self._registered_step(group)
             else:

@@ -199,6 +199,9 @@ def _walk(tree: Any) -> Iterator[Any]:
     if isinstance(tree, list | tuple):
         for branch in tree:
             yield from _walk(branch)
+    elif isinstance(tree, torch.Tensor) and tree.is_leaf and tree.grad is not None:
+        # An optimizer's step is given parameters, and finds their gradients itself.
+        yield from [tree.grad] if tree.grad.layout == torch.strided else []
 
 
 def _tensors_in(tree: Any) -> list[torch.Tensor]:

@@ -1,0 +1,415 @@
+"""What tensors a step takes, what it refuses, and that a step which fails changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fused
+from fused import _load, _route
+
+CLASSES = [fused.Adam, fused.AdamW, fused.SGD]
+OPTIONS: dict[type, dict[str, Any]] = {
+    fused.Adam: {"lr": 0.05, "weight_decay": 0.1, "amsgrad": True},
+    fused.AdamW: {"lr": 0.05},
+    fused.SGD: {"lr": 0.05, "momentum": 0.9, "dampening": 0.1},
+}
+STOCK = {fused.Adam: torch.optim.Adam, fused.AdamW: torch.optim.AdamW, fused.SGD: torch.optim.SGD}
+
+
+def set_gradients(params: list[Tensor], step: int) -> None:
+    for i, p in enumerate(params):
+        generator = torch.Generator().manual_seed(1000 * step + i)
+        # Under the parameter's own strides, as autograd leaves gradients.
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+
+
+def step_both(
+    cls: type, make: Callable[[], list[Tensor]], steps: int = 3, **options: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters that `make` gives, stepped by `cls` and by its stock twin."""
+    results = []
+    for kind, extra in ((cls, {}), (STOCK[cls], {"foreach": False})):
+        torch.manual_seed(0)
+        params = make()
+        optimizer = kind(params, **{**OPTIONS[cls], **options, **extra})
+        for step in range(steps):
+            set_gradients(params, step)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    return results[0], results[1]
+
+
+def assert_all_close(pair: tuple[list[Tensor], list[Tensor]]) -> None:
+    for a, b in zip(*pair, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+# --- Layouts --------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[torch.device], Tensor]] = {
+    "transposed": lambda d: torch.randn(9, 130, device=d).t(),
+    "channels last": lambda d: torch.randn(2, 3, 5, 7, device=d).to(
+        memory_format=torch.channels_last
+    ),
+    "strided view": lambda d: torch.randn(40, 6, device=d)[::2, 1:4],
+    "misaligned": lambda d: torch.randn(1001, device=d)[1:],
+    "misaligned and long": lambda d: torch.randn(3 * 8192 + 6, device=d)[3:],
+    "size one with odd strides": lambda d: torch.randn(8, device=d).as_strided((1, 8), (99, 1)),
+    "scalar": lambda d: torch.randn((), device=d),
+    "empty": lambda d: torch.randn(0, 3, device=d),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_layouts(cls: type, layout: str, backend: torch.device) -> None:
+    assert_all_close(step_both(cls, lambda: [leaf(LAYOUTS[layout](backend))]))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_view_changes_only_its_own_elements(cls: type, backend: torch.device) -> None:
+    base = torch.randn(40, 6, device=backend)
+    before = base.clone()
+    param = leaf(base[::2, 1:4])
+    optimizer = cls([param], **OPTIONS[cls])
+    set_gradients([param], 0)
+    optimizer.step()
+    changed = base != before
+    assert changed[::2, 1:4].all()
+    changed[::2, 1:4] = False
+    assert not changed.any()
+
+
+@pytest.mark.parametrize("where", ["grad", "state"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_operands_in_another_layout(cls: type, where: str, backend: torch.device) -> None:
+    results = []
+    for turned in (False, True):
+        torch.manual_seed(0)
+        param = leaf(torch.randn(6, 11, device=backend))
+        optimizer = cls([param], **OPTIONS[cls])
+        for step in range(3):
+            set_gradients([param], step)
+            if turned and where == "grad":
+                param.grad = param.grad.t().contiguous().t()
+            if turned and where == "state":
+                for name, value in optimizer.state[param].items():
+                    if name != "step":
+                        optimizer.state[param][name] = value.t().contiguous().t()
+            optimizer.step()
+        results.append([param.detach(), *optimizer.state[param].values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_mixed_dtypes_in_one_group(cls: type, backend: torch.device) -> None:
+    def run(dtypes: list[torch.dtype]) -> list[Tensor]:
+        params = [leaf(torch.linspace(-2, 2, 33, device=backend).to(dtype)) for dtype in dtypes]
+        optimizer = cls(params, **OPTIONS[cls])
+        for step in range(3):
+            for p in params:
+                p.grad = torch.full_like(p, 0.1 + step)
+            optimizer.step()
+        return params
+
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16, torch.float32]
+    for dtype, param in zip(dtypes, run(dtypes), strict=True):
+        assert param.dtype == dtype
+        assert torch.equal(param, run([dtype])[0])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_complex_parameters_take_the_composite_path(cls: type, backend: torch.device) -> None:
+    def make() -> list[Tensor]:
+        complex_param = torch.randn(5, dtype=torch.complex64, device=backend)
+        return [leaf(torch.randn(4, device=backend)), leaf(complex_param)]
+
+    assert_all_close(step_both(cls, make))
+
+
+def test_sparse_gradients(backend: torch.device) -> None:
+    results = []
+    for cls in (fused.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        table = torch.nn.Embedding(10, 3, sparse=True, device=backend)
+        optimizer = cls(table.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            table(torch.tensor([1, 4, 4], device=backend)).square().sum().backward()
+            optimizer.step()
+        results.append(table.weight.detach())
+    assert torch.equal(*results)
+
+
+# --- Which parameters -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parameters_without_a_gradient(cls: type, backend: torch.device) -> None:
+    """None ever, none at first, none at times: as in stock, each counts its own steps."""
+    results = []
+    for kind in (cls, STOCK[cls]):
+        torch.manual_seed(0)
+        params = [leaf(torch.randn(7, device=backend)) for _ in range(3)]
+        optimizer = kind(params, **OPTIONS[cls])
+        for step in range(5):
+            set_gradients(params, step)
+            params[0].grad = None
+            if step < 2:
+                params[1].grad = None
+            if step == 3:
+                params[2].grad = None
+            optimizer.step()
+        assert params[0] not in optimizer.state or not optimizer.state[params[0]]
+        results.append([*params, *(v for p in params[1:] for v in optimizer.state[p].values())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_gradients_at_all(cls: type, backend: torch.device) -> None:
+    param = leaf(torch.ones(3, device=backend))
+    cls([param], **OPTIONS[cls]).step()
+    assert torch.equal(param, torch.ones(3, device=backend))
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
+@pytest.mark.parametrize("cls", CLASSES)
+def test_tied_and_overlapping_parameters(cls: type, backend: torch.device) -> None:
+    def tied() -> list[Tensor]:
+        param = leaf(torch.randn(300, device=backend))
+        return [param, leaf(torch.randn(4, device=backend)), param]
+
+    def overlapping() -> list[Tensor]:
+        base = torch.randn(300, device=backend)
+        return [leaf(base[:200]), leaf(base[100:])]
+
+    assert_all_close(step_both(cls, tied))
+    assert_all_close(step_both(cls, overlapping))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_groups_added_and_edited(cls: type, backend: torch.device) -> None:
+    results = []
+    for kind in (cls, STOCK[cls]):
+        torch.manual_seed(0)
+        params = [leaf(torch.randn(n, device=backend)) for n in (5, 6, 7)]
+        optimizer = kind([{"params": params[:1], "lr": 0.1}], **OPTIONS[cls])
+        for step in range(6):
+            if step == 1:
+                optimizer.add_param_group({"params": params[1:2], "weight_decay": 0.3})
+            if step == 3:
+                optimizer.param_groups[0]["params"].append(params[2])
+            if step == 4:
+                optimizer.param_groups[1]["lr"] = 0.7
+            if step == 5:
+                del optimizer.state[params[0]]
+            set_gradients(params, step)
+            optimizer.step()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_replaced_data_and_state_are_found(cls: type, backend: torch.device) -> None:
+    results = []
+    for kind in (cls, STOCK[cls]):
+        torch.manual_seed(0)
+        param = leaf(torch.randn(50, device=backend))
+        optimizer = kind([param], **OPTIONS[cls])
+        for step in range(4):
+            if step == 2:
+                param.data = param.data.clone() * 2
+                entry = optimizer.state[param]
+                name = "exp_avg" if "exp_avg" in entry else "momentum_buffer"
+                entry[name] = entry[name] + 1
+            set_gradients([param], step)
+            optimizer.step()
+        results.append(param)
+    torch.testing.assert_close(*results)
+
+
+# --- Autograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_backward_through_a_stale_graph_raises(cls: type, backend: torch.device) -> None:
+    param = leaf(torch.randn(4, device=backend))
+    optimizer = cls([param], **OPTIONS[cls])
+    loss = param.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_versions_of_all_that_is_written(cls: type, backend: torch.device) -> None:
+    param = leaf(torch.randn(4, device=backend))
+    optimizer = cls([param], **OPTIONS[cls])
+    set_gradients([param], 0)
+    optimizer.step()
+    tensors = {"param": param, "grad": param.grad, **optimizer.state[param]}
+    before = {name: tensor._version for name, tensor in tensors.items()}
+    optimizer.step()
+    for name, tensor in tensors.items():
+        assert (tensor._version > before[name]) == (name != "grad"), name
+    optimizer.grad_scale = torch.tensor(2.0, device=backend)
+    optimizer.step()
+    assert param.grad._version > before["grad"]
+
+
+# --- GradScaler's tensors -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", ["host", "device"])
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_scale_and_skip(
+    cls: type, dtype: torch.dtype, skip: bool, counts: str, backend: torch.device
+) -> None:
+    on_device = counts == "device" and cls is not fused.SGD
+    if on_device and backend.type == "cpu" and _route.kernels() is _load.load():
+        on_device = False  # counts are on the host's own memory either way
+    options = {**OPTIONS[cls], **({"capturable": True} if on_device else {})}
+    torch.manual_seed(0)
+    start = torch.randn(9000, device=backend, dtype=dtype)
+    results = []
+    for scaled in (True, False):
+        param = leaf(start.clone())
+        optimizer = cls([param], **options)
+        for step in range(4):
+            set_gradients([param], step)
+            expected_grad = param.grad.clone()
+            if scaled:
+                param.grad *= 8
+                optimizer.grad_scale = torch.tensor(8.0, device=backend)
+                optimizer.found_inf = torch.tensor(float(skip and step == 2), device=backend)
+            if not scaled and skip and step == 2:
+                continue
+            optimizer.step()
+            if not (skip and step == 2):
+                assert torch.equal(param.grad, expected_grad)
+        results.append([param.detach(), *optimizer.state[param].values()])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+# --- Refusals: everything as it was ---------------------------------------------------------------
+
+
+def snapshot(params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Any]:
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    return [[p.detach().clone() for p in params], [p._version for p in params], state]
+
+
+def break_grad_shape(params: list[Tensor], state: dict) -> None:
+    params[-1].data = params[-1].data[:2].clone()
+
+
+def break_grad_dtype(params: list[Tensor], state: dict) -> None:
+    params[-1].data = params[-1].data.double()
+
+
+def break_state_shape(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = torch.zeros(99)
+
+
+def break_state_dtype(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = state[params[-1]][name].double()
+
+
+def break_state_type(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = 0.5
+
+
+def break_overlap(params: list[Tensor], state: dict) -> None:
+    params[-1].data = torch.ones(1).expand(5)
+
+
+REFUSALS = {
+    "grad shape": (break_grad_shape, ValueError, r": grad must have the shape \[2\], got \[5\]"),
+    "grad dtype": (break_grad_dtype, TypeError, r": grad must have the dtype of its parameter"),
+    "state shape": (break_state_shape, ValueError, r" must have the shape \[5\], got \[99\]"),
+    "state dtype": (break_state_dtype, TypeError, r" must have the dtype of its parameter"),
+    "state type": (break_state_type, TypeError, r": state must hold tensors, got float"),
+    "overlap": (break_overlap, ValueError, r": params must not hold one memory location twice"),
+}
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_that_fails_changes_nothing(
+    cls: type, name: str, num_groups: int, backend: torch.device
+) -> None:
+    break_it, error, message = REFUSALS[name]
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(3)]
+    groups = [params] if num_groups == 1 else [params[:2], params[2:]]
+    optimizer = cls([{"params": group} for group in groups], **OPTIONS[cls])
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.step()
+    break_it(params, optimizer.state)
+    before = snapshot(params, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    after = snapshot(params, optimizer)
+    for a, b in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+    assert before[1] == after[1]
+    assert str(before[2]) == str(after[2])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_first_step_that_fails_makes_no_state(cls: type, backend: torch.device) -> None:
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(3)]
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS[cls])
+    set_gradients(params, 0)
+    break_grad_shape(params, optimizer.state)
+    before = snapshot(params, optimizer)
+    with pytest.raises(ValueError, match="grad must have the shape"):
+        optimizer.step()
+    after = snapshot(params, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert not any(optimizer.state_dict()["state"].values())
+
+
+def test_adam_refuses_sparse_gradients_before_it_touches_anything(backend: torch.device) -> None:
+    dense, table = leaf(torch.ones(3, device=backend)), leaf(torch.ones(4, 2, device=backend))
+    optimizer = fused.Adam([{"params": [dense]}, {"params": [table]}])
+    dense.grad = torch.ones_like(dense)
+    table.grad = torch.ones_like(table).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3, device=backend))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("cls", [fused.Adam, fused.AdamW])
+def test_a_missing_state_is_named(cls: type, backend: torch.device) -> None:
+    param = leaf(torch.ones(3, device=backend))
+    optimizer = cls([param])
+    set_gradients([param], 0)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = snapshot([param], optimizer)
+    with pytest.raises(KeyError, match="max_exp_avg_sq"):
+        optimizer.step()
+    assert str(snapshot([param], optimizer)) == str(before)
