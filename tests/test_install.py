@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # build_support
 
 import fused
 from fused import _info, _load
@@ -93,6 +96,12 @@ def test_exceptions_of_the_bindings_are_pythons_own() -> None:
         kernels.attention_forward(q, torch.zeros(1, 2, 3, 5), q, *arguments)
     with pytest.raises(TypeError, match=r"^attention: "):
         kernels.attention_forward(q.int(), q.int(), q.int(), *arguments)
+
+
+def test_stub_is_of_the_compiled_module() -> None:
+    from build_support import stub
+
+    assert stub.PATH.read_text() == stub.render(_load.load())
 
 
 def test_libfused_needs_no_python() -> None:

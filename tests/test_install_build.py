@@ -13,11 +13,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build_support import cuda, sources, toolchain  # noqa: E402
-from build_support.errors import BuildError  # noqa: E402
-from build_support.fatbin import contents  # noqa: E402
-from build_support.sources import Kind  # noqa: E402
-from build_support.toolchain import Compiler, Torch  # noqa: E402
+from build_support import cuda, sources, toolchain
+from build_support.errors import BuildError
+from build_support.fatbin import contents
+from build_support.sources import Kind
+from build_support.toolchain import Compiler, Torch
 
 GCC = Compiler("g++", "g++ 12.2.0")
 

@@ -1,0 +1,69 @@
+"""Writes fused/_C.pyi from the compiled module: `python -m build_support.stub` after a new op.
+
+Types come from pybind11's docstrings, argument names from the op's schema where it has one. A test
+compares the file with what is compiled.
+"""
+
+from __future__ import annotations
+
+import re
+from types import ModuleType
+
+import torch
+
+from build_support.sources import ROOT
+
+PATH = ROOT / "fused" / "_C.pyi"
+HEADER = '''"""The compiled kernels. Written by `python -m build_support.stub`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, dtype
+
+'''
+# What pybind11 says of a type, and what a reader wants to see.
+SHORTER = {
+    r"torch\.Tensor": "Tensor",
+    r"torch\.dtype": "dtype",
+    r"typing\.SupportsFloat \| typing\.SupportsIndex": "float",
+    r"typing\.SupportsInt \| typing\.SupportsIndex": "int",
+    r"typing\.Annotated\[(.*?), \"FixedSize\(\d+\)\"\]": r"\1",
+    r"collections\.abc\.Sequence": "Sequence",
+}
+
+
+def _names(function: str) -> list[str]:
+    packet = getattr(torch.ops.fused, function, None)
+    return [argument.name for argument in packet.default._schema.arguments] if packet else []
+
+
+def _signature(name: str, docstring: str) -> str:
+    line = docstring.splitlines()[0]
+    for pattern, replacement in SHORTER.items():
+        line = re.sub(pattern, replacement, line)
+    for index, argument in enumerate(_names(name)):
+        line = re.sub(rf"\barg{index}:", f"{argument}:", line)
+    return line
+
+
+def _definition(signature: str) -> str:
+    """One line if it fits, else one argument a line, as ruff formats it."""
+    if len(signature) + len("def : ...") <= 100:
+        return f"def {signature}: ...\n"
+    head, rest = signature.split("(", 1)
+    arguments, result = rest.rsplit(") -> ", 1)
+    lines = "".join(f"    {argument},\n" for argument in re.split(r", (?=\w+: )", arguments))
+    return f"def {head}(\n{lines}) -> {result}: ...\n"
+
+
+def render(module: ModuleType) -> str:
+    functions = {name: value for name, value in vars(module).items() if callable(value)}
+    signatures = [_signature(name, functions[name].__doc__) for name in sorted(functions)]
+    return HEADER + "".join(map(_definition, signatures))
+
+
+if __name__ == "__main__":
+    from fused import _load
+
+    PATH.write_text(render(_load.load()))
+    print(PATH)

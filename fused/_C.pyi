@@ -1,0 +1,113 @@
+"""The compiled kernels. Written by `python -m build_support.stub`."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, dtype
+
+def adam_group(
+    params: list,
+    state: dict,
+    lr: object,
+    beta1: object,
+    beta2: object,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled_weight_decay: bool,
+    capturable: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    check_only: bool,
+) -> str | None: ...
+def attention_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]: ...
+def autocast_cast(arg0: Tensor, arg1: dtype) -> Tensor: ...
+def isa() -> str: ...
+def lstm_cell_backward(
+    grad_h_next: Tensor | None,
+    grad_c_next: Tensor | None,
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    c_next: Tensor,
+    gates: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def lstm_cell_forward(
+    input: Tensor,
+    h: Tensor,
+    c: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def lstm_layer_backward(
+    grad_output: Tensor | None,
+    grad_h_n: Tensor | None,
+    grad_c_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    output: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    hidden: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def lstm_layer_forward(
+    input: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    w_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def sgd_group(
+    params: list,
+    state: dict,
+    lr: object,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+    capturable: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    check_only: bool,
+) -> str | None: ...
