@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fused import _load, _route
+from fused.optim._step import FusedStep
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     The paths are ``CUDA kernel``, ``CPU kernel`` with its instruction set, and ``composite``: plain
     PyTorch operators, which take what no kernel covers. Nothing is computed: the call is made with
-    fake tensors, which have shapes and no data. An optimizer's ``step`` is tried on a copy of the
-    optimizer.
+    fake tensors, which have shapes and no data. An optimizer's ``step`` has a decision for each
+    parameter group.
 
     >>> q = torch.randn(1, 8, 128, 64)
     >>> print(fused.explain(fused.functional.scaled_dot_product_attention, q, q, q))
@@ -61,9 +61,10 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         decisions.append(_decide(op, device, reason))
 
     owner = getattr(function, "__self__", None)
-    if isinstance(owner, torch.optim.Optimizer):
-        with _route.listen(listener):
-            getattr(copy.deepcopy(owner), function.__name__)(*args, **kwargs)
+    if isinstance(owner, FusedStep):
+        name = type(owner).__name__
+        for group in owner.param_groups:
+            listener(name, group["params"][0].device, owner.composite_reason(group))
         return Explanation(tuple(decisions))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

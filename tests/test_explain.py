@@ -59,3 +59,31 @@ def test_the_layers_run_kernels() -> None:
         explanation = fused.explain(module, inputs)
         assert len(explanation.paths) == count
         assert all(path.startswith("CPU kernel") for path in explanation.paths)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (fused.Adam, {}),
+        (fused.Adam, {"amsgrad": True, "maximize": True, "weight_decay": 0.1}),
+        (fused.Adam, {"lr": torch.tensor(1e-3)}),
+        (fused.AdamW, {"amsgrad": True}),
+        (fused.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        (fused.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}),
+    ],
+)
+def test_an_optimizer_runs_kernels_and_is_not_stepped(
+    kind: type[torch.optim.Optimizer], options: dict, dtype: torch.dtype
+) -> None:
+    parameters = [torch.nn.Parameter(torch.randn(3, dtype=dtype)) for _ in range(2)]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    before = [parameter.clone() for parameter in parameters]
+    optimizer = kind([{"params": [p]} for p in parameters], **options)
+    explanation = fused.explain(optimizer.step)
+    assert len(explanation.paths) == 2
+    assert all(path.startswith("CPU kernel") for path in explanation.paths), str(explanation)
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+    differentiable = kind(parameters, **{**options, "differentiable": True})
+    assert fused.explain(differentiable.step).paths == ("composite",)
