@@ -9,11 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-
-from build_support.emulated import VARIANTS
-from build_support.graph import Graph, Toolchain
-from build_support.sources import ROOT, Kind, Source, find_sources
-from build_support.toolchain import require_compiler, require_torch
+from emulator.library import load_library
 
 FORWARD, REVERSE, RANDOM = range(3)
 ORDERS = [(FORWARD, 0), (REVERSE, 0), (RANDOM, 1), (RANDOM, 2)]
@@ -23,17 +19,7 @@ RunCase = Callable[..., "str | None"]
 
 
 def load_cases(variant: str) -> ctypes.CDLL:
-    folder = f"build/emulator_cases-{variant}"
-    graph = Graph(Toolchain(require_compiler(), require_torch()), folder)
-    sources = [source for source in find_sources() if source.kind is Kind.EMULATOR]
-    sources.append(Source("tests/emulator/cases.cu", Kind.CUDA))
-    objects = []
-    for source in sources:
-        flags = VARIANTS[variant].get(source.kind, ())
-        objects += graph.compile([source], ["-DFUSED_EMULATED", *flags])
-    graph.link(f"{folder}/cases.so", objects, ["-pthread"])
-    graph.run()
-    library = ctypes.CDLL(str(ROOT / folder / "cases.so"))
+    library = load_library("cases.cu", variant)
     library.run_case.restype = ctypes.c_char_p
     library.launch_log.restype = ctypes.c_char_p
     library.instances.restype = ctypes.c_char_p

@@ -42,56 +42,7 @@ Text text_of(Site site) {
   return text;
 }
 
-uint64_t next_random(uint64_t& state) {  // splitmix64
-  uint64_t z = state += 0x9e3779b97f4a7c15;
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111eb;
-  return z ^ (z >> 31);
-}
-
 }  // namespace
-
-// ---- ReadySet ----
-
-void ReadySet::reset(Order order, uint64_t seed, int num_threads) {
-  words_.fill(0);
-  order_ = order;
-  random_state_ = seed;
-  num_threads_ = num_threads;
-  last_taken_ = order == Order::kReverse ? num_threads : -1;
-}
-
-int ReadySet::first_from(int thread) const {
-  for (int word = thread / 64, bit = thread % 64; word < int(words_.size()); ++word, bit = 0) {
-    const uint64_t rest = words_[word] >> bit;
-    if (rest) return word * 64 + bit + __builtin_ctzll(rest);
-  }
-  return -1;
-}
-
-int ReadySet::last_to(int thread) const {
-  for (int word = thread / 64, bit = thread % 64; word >= 0; --word, bit = 63) {
-    const uint64_t rest = words_[word] << (63 - bit);
-    if (rest) return word * 64 + bit - __builtin_clzll(rest);
-  }
-  return -1;
-}
-
-int ReadySet::take() {
-  int taken = -1;
-  if (order_ == Order::kReverse) {
-    if (last_taken_ > 0) taken = last_to(last_taken_ - 1);
-    if (taken < 0) taken = last_to(kMaxThreads - 1);
-  } else {
-    const int from = order_ == Order::kForward ? last_taken_ + 1
-                                               : int(next_random(random_state_) % num_threads_);
-    if (from < kMaxThreads) taken = first_from(from);
-    if (taken < 0) taken = first_from(0);
-  }
-  if (taken < 0) return -1;
-  words_[taken / 64] &= ~(uint64_t(1) << taken % 64);
-  return last_taken_ = taken;
-}
 
 // ---- a block from start to end ----
 
@@ -102,11 +53,10 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
                              const Settings& settings) {
   launch_ = &launch;
   settings_ = settings;
-  view_ = {block_index, launch.block, launch.grid, nullptr};
+  view_ = {block_index, launch.block, launch.grid, nullptr, launch.shared_bytes};
   num_threads_ = int(launch.block.x * launch.block.y * launch.block.z);
   error_.clear();
-  uint64_t seed = settings.seed + block_rank * 0x9e3779b97f4a7c15;
-  ready_.reset(settings.order, next_random(seed), num_threads_);
+  ready_.reset(settings.order, settings.seed, block_rank, num_threads_);
   reset_threads();
   fill_shared_memory();
   races_begin_block(stacks_, launch.shared_bytes, block_rank);
@@ -136,6 +86,8 @@ void BlockRunner::reset_threads() {
         Thread& thread = threads_[rank];
         thread.index = {x, y, z};
         thread.rank = unsigned(rank);
+        thread.copies.clear();
+        thread.num_copy_groups = 0;
         thread.state = State::kNotStarted;
         ready_.insert(rank);
       }
@@ -319,6 +271,19 @@ void BlockRunner::complete_collective(Warp& warp, const Thread& self) {
   }
 }
 
+void BlockRunner::begin_copy(const AsyncCopy& copy) {
+  current().copies.emplace_back(current().num_copy_groups, copy);
+}
+
+bool BlockRunner::take_due_copy(int num_pending, AsyncCopy* copy) {
+  Thread& self = current();
+  if (self.copies.empty()) return false;
+  if (self.copies.front().first >= self.num_copy_groups - num_pending) return false;
+  *copy = self.copies.front().second;
+  self.copies.pop_front();
+  return true;
+}
+
 // ---- errors ----
 
 void BlockRunner::fail_in_current_thread(const char* what) {
@@ -377,6 +342,12 @@ void fail(const char* format, ...) {
 
 BarrierResult block_barrier(bool predicate, Site site) {
   return current_runner->barrier(predicate, site);
+}
+
+void begin_copy(const AsyncCopy& copy) { current_runner->begin_copy(copy); }
+void end_copy_group() { current_runner->end_copy_group(); }
+bool take_due_copy(int num_pending, AsyncCopy* copy) {
+  return current_runner->take_due_copy(num_pending, copy);
 }
 
 void warp_collective(const char* name, unsigned mask, void* record, Combine combine, Site site) {

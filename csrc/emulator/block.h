@@ -2,32 +2,17 @@
 // Internal to the emulator; kernels see runtime.h.
 #pragma once
 
-#include <array>
+#include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "emulator/control.h"
 #include "emulator/fiber.h"
+#include "emulator/ready_set.h"
 #include "emulator/runtime.h"
 
 namespace fused::emulator {
-
-// The next of at most 1024 threads to run, in the chosen order.
-class ReadySet {
- public:
-  void reset(Order order, uint64_t seed, int num_threads);
-  void insert(int thread) { words_[thread / 64] |= uint64_t(1) << thread % 64; }
-  int take();  // -1 when nobody is ready
-
- private:
-  int first_from(int thread) const;  // lowest member >= thread, or -1
-  int last_to(int thread) const;     // highest member <= thread, or -1
-
-  std::array<uint64_t, kMaxThreads / 64> words_;
-  Order order_;
-  uint64_t random_state_;
-  int num_threads_, last_taken_;
-};
 
 // Runs blocks one after the other, on the OS thread that calls it; keeps its stacks and its shared
 // memory from launch to launch.
@@ -42,6 +27,9 @@ class BlockRunner {
   // Called on the fibers of the running block.
   BarrierResult barrier(bool predicate, Site site);
   void collective(const char* name, unsigned mask, void* record, Combine combine, Site site);
+  void begin_copy(const AsyncCopy& copy);
+  void end_copy_group() { ++current().num_copy_groups; }
+  bool take_due_copy(int num_pending, AsyncCopy* copy);
   [[noreturn]] void fail_in_current_thread(const char* what);
 
  private:
@@ -56,6 +44,8 @@ class BlockRunner {
     unsigned mask;
     void* record;
     Combine combine;
+    std::deque<std::pair<int, AsyncCopy>> copies;  // with their groups
+    int num_copy_groups;
   };
   struct Warp {
     unsigned waiting, exited;  // lanes; a lane that the block has not got counts as exited

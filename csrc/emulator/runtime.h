@@ -41,6 +41,7 @@ struct BlockView {
   uint3 index;  // blockIdx
   dim3 dim, grid_dim;
   unsigned char* shared;
+  size_t shared_bytes;
 };
 
 // Set by the scheduler at every switch. __thread and not thread_local: no initialisation wrapper,
@@ -69,6 +70,17 @@ BarrierResult block_barrier(bool predicate, Site site);
 // warp-wide instruction is a loop over 32 records.
 using Combine = const char* (*)(void* const* records, unsigned mask);
 void warp_collective(const char* name, unsigned mask, void* record, Combine combine, Site site);
+
+// The copies that the calling thread has begun by cp.async and not waited for, in groups.
+struct AsyncCopy {
+  void* destination;
+  const void* source;
+  int source_bytes;
+};
+void begin_copy(const AsyncCopy& copy);
+void end_copy_group();
+// The oldest copy that is due when num_pending groups may go on, taken out; or false.
+bool take_due_copy(int num_pending, AsyncCopy* copy);
 
 // A kernel with its arguments bound, its types forgotten.
 struct Launch {
