@@ -10,6 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from build_support.cuda import compiler_requirements
+from build_support.toolchain import (
+    find_torch,
+    require_platform,
+    require_setuptools,
+    torch_requirement,
+)
+
+require_setuptools()
+
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401  (hooks that we do not change)
     build_editable,
@@ -19,9 +29,6 @@ from setuptools.build_meta import (  # noqa: F401  (hooks that we do not change)
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
-
-from build_support.cuda import compiler_requirements
-from build_support.toolchain import find_torch, require_platform, torch_requirement
 
 Settings = dict[str, Any] | None
 

@@ -275,7 +275,10 @@ def _toolkit(
     includes = _existing([*nvcc.include_dirs, str(beside_torch / "include")])
     libraries = _existing([*nvcc.library_dirs, str(beside_torch / "lib")])
     # By its full name: the wheels have no libcudart.so to link to. torch loads the same file.
-    link_flags = [*(f"-L{folder}" for folder in libraries), f"-l:libcudart.so.{nvcc.major}"]
+    link_flags = [
+        *("-L" + shlex.quote(folder) for folder in libraries),
+        f"-l:libcudart.so.{nvcc.major}",
+    ]
     return CudaToolkit(
         nvcc.path,
         nvcc.version,

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 from build_support.cuda import CudaToolkit
@@ -67,11 +68,11 @@ class Toolchain:
         binding = kind is Kind.BINDING
         flags = [GLUE_STANDARD, *COMMON_FLAGS, *defines, *(["-w"] if binding else [])]
         option = "-I" if binding else "-isystem "
-        flags += [f"{option}{directory}" for directory in self.torch.include_dirs]
+        flags += [option + quote(directory) for directory in self.torch.include_dirs]
         if self.cuda is not None:
-            flags += [f"-isystem {directory}" for directory in self.cuda.include_dirs]
+            flags += ["-isystem " + quote(directory) for directory in self.cuda.include_dirs]
         if binding:
-            flags.append(f"-isystem {python_include_dir()}")
+            flags.append("-isystem " + quote(python_include_dir()))
         return flags
 
 
@@ -127,7 +128,7 @@ class Graph:
             compile_command = f"{compiler} -MD -MF $out.d $flags -c $in -o $out"
             ninja.rule("cxx", compile_command, description="CXX $in", depfile="$out.d", deps="gcc")
             if self.toolchain.cuda is not None:
-                command = f"{self.toolchain.cuda.nvcc} -MD -MF $out.d $flags -c $in -o $out"
+                command = f"{quote(self.toolchain.cuda.nvcc)} -MD -MF $out.d $flags -c $in -o $out"
                 ninja.rule("nvcc", command, description="NVCC $in", depfile="$out.d", deps="gcc")
             linker = self.toolchain.compiler.path
             ninja.rule("link", f"{linker} -shared $in $flags -o $out", description="LINK $out")
@@ -148,7 +149,11 @@ class Graph:
 
 
 def _torch_link_flags(torch: Torch, *libraries: str) -> list[str]:
-    return [f"-L{torch.library_dir}", "-Wl,--as-needed", *(f"-l{name}" for name in libraries)]
+    return [
+        "-L" + quote(torch.library_dir),
+        "-Wl,--as-needed",
+        *(f"-l{name}" for name in libraries),
+    ]
 
 
 def package_graph(toolchain: Toolchain, folder: str) -> Graph:

@@ -12,12 +12,14 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from build_support.errors import BuildError
 
 MINIMUM_TORCH = (2, 10)
 MINIMUM_GCC = 9
+MINIMUM_SETUPTOOLS = 77  # the first to know pyproject.toml's `license` as an expression
 MACHINES = ("x86_64", "aarch64")
 
 
@@ -125,6 +127,20 @@ def require_platform() -> None:
         raise BuildError(
             f"{system} on {machine} is not supported.",
             "fused builds on Linux, on x86-64 and (CPU kernels only) on aarch64.",
+        )
+
+
+def require_setuptools() -> None:
+    """For builds without isolation, where nobody checks pyproject.toml's build requirements."""
+    try:
+        found = metadata.version("setuptools")
+    except metadata.PackageNotFoundError:
+        found = "none"
+    if found == "none" or int(found.split(".")[0]) < MINIMUM_SETUPTOOLS:
+        raise BuildError(
+            f"found setuptools {found}, need {MINIMUM_SETUPTOOLS} or later.",
+            f'Run `pip install "setuptools>={MINIMUM_SETUPTOOLS}" ninja`, or install without '
+            "--no-build-isolation.",
         )
 
 

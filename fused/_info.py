@@ -6,6 +6,7 @@ The text answers a user's first questions; --json is what a bug report carries.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -21,6 +22,9 @@ import torch
 from fused import _load
 from fused._version import __version__
 
+# What `python -m fused train` imports when it runs, and the names to install them by.
+_TRAIN_NEEDS = ("jinja2", "matplotlib", "numpy", "sklearn", "tqdm")
+_DISTRIBUTIONS = {"sklearn": "scikit-learn"}
 # Machine code runs on its own and on later minor versions of its major version; PTX is compiled by
 # the driver for any later architecture; a suffix ("9.0a") binds both to that one architecture.
 _ARCHITECTURE = re.compile(r"(?P<major>\d+)\.(?P<minor>\d)(?P<suffix>[af]?)(?P<kind>[+-]PTX)?")
@@ -91,6 +95,12 @@ def _missing(info: dict[str, Any]) -> list[str]:
     ]
     if info["torch_cuda"] and not info["gpus"]:
         missing.append("a GPU: torch finds none, so everything runs on the CPU.")
+    absent = [name for name in _TRAIN_NEEDS if importlib.util.find_spec(name) is None]
+    if absent:
+        missing.append(
+            f"{', '.join(absent)} for `python -m fused train`: "
+            f"pip install {' '.join(_DISTRIBUTIONS.get(name, name) for name in absent)}"
+        )
     if info["torch_cuda"] is None and _driver():
         missing.append(f"a CUDA build of torch for the GPU here: install one, then {again}")
     return missing

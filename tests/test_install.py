@@ -161,3 +161,19 @@ def test_info_as_text(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_which_gpu_runs_which_kernels(architecture: str, capability: tuple, runs: bool) -> None:
     assert _info.runs_on(architecture, capability) is runs
+
+
+def test_info_says_what_is_missing_and_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"cuda": None, "without_cuda_because": "torch 9 needs nvcc", "cuda_architectures": []}
+    info = {"built_for": built, "torch_cuda": "13.0", "gpus": []}
+    monkeypatch.setattr(_info.importlib.util, "find_spec", lambda name: None)
+    kernels, gpu, packages = _info._missing(info)
+    assert kernels.startswith("CUDA kernels: torch 9 needs nvcc. Then: pip install ")
+    assert gpu.startswith("a GPU: ")
+    assert packages.endswith("pip install jinja2 matplotlib numpy scikit-learn tqdm")
+
+    old_gpu = {"name": "T4", "architecture": "7.5", "has_kernels": False}
+    built |= {"cuda": "13.0", "cuda_architectures": ["8.0"]}
+    kernels, *_ = _info._missing({**info, "gpus": [old_gpu]})
+    assert "CUDA kernels for T4 (7.5): built for 8.0 only." in kernels
+    assert 'TORCH_CUDA_ARCH_LIST="7.5" pip install ' in kernels

@@ -258,3 +258,15 @@ def test_gpu_code_of_a_library_is_read(tmp_path: Path) -> None:
     library = tmp_path / "library.so"
     library.write_bytes(b"ELF" + struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(images)) + images)
     assert contents(library) == {"compute_75": 1, "sm_90": 1}
+
+
+@pytest.mark.parametrize("version", ["65.5.0", None])
+def test_old_setuptools_is_one_error(version: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(name: str) -> str:
+        if version is None:
+            raise toolchain.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(toolchain.metadata, "version", answer)
+    with pytest.raises(BuildError, match=rf"found setuptools {version or 'none'}, need 77"):
+        toolchain.require_setuptools()
