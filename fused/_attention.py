@@ -60,14 +60,13 @@ def scaled_dot_product_attention(
     transform = _route.composite_reason(query, key, value, attn_mask)
     reason = transform or _unsupported(query, key, value, attn_mask, enable_gqa)
     _route.report("attention", query.device, reason)
+    if transform is not None:
+        constants = (attn_mask, None, dropout_p, is_causal, scale, enable_gqa)
+        return attention_composite(query, key, value, *constants)[0]
     if reason is not None:
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(query.dtype)
         arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-        if transform is not None:
-            # Of PyTorch's own variants, the one that has every derivative.
-            math_variant = torch.ops.aten._scaled_dot_product_attention_math
-            return math_variant(*arguments, scale=scale, enable_gqa=enable_gqa)[0]
         return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
@@ -149,22 +148,25 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, attn_mask, rng = ctx.saved_tensors
-        constants = (attn_mask, rng, *ctx.options)
-        if torch.is_grad_enabled():
-            # create_graph=True
-            def composite(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return attention_composite(q, k, v, *constants)[0]
+        traced = _route.is_traced(grad_out)
+        return _gradients(ctx, torch.ops.fused if traced else _route.kernels(), grad_out, None)
 
-            grads = _route.composite_gradients(composite, (q, k, v), (grad_out,))
-        else:
-            run = (
-                torch.ops.fused.attention_backward
-                if _route.is_traced(grad_out)
-                else _route.kernels().attention_backward
-            )
-            grads = run(grad_out, None, q, k, v, out, lse, *constants)
-        return (*grads, *[None] * len(constants))
+
+def _gradients(
+    ctx: Any, ops: Any, grad_out: Tensor, maybe_grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of all inputs of the op, by `ops.attention_backward` where it can."""
+    q, k, v, out, lse, attn_mask, rng = ctx.saved_tensors
+    constants = (attn_mask, rng, *ctx.options)
+    if _route.needs_composite_gradients(grad_out, maybe_grad_lse):
+
+        def composite(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return attention_composite(q, k, v, *constants)
+
+        grads = _route.composite_gradients(composite, (q, k, v), (grad_out, maybe_grad_lse))
+    else:
+        grads = ops.attention_backward(grad_out, maybe_grad_lse, q, k, v, out, lse, *constants)
+    return (*grads, *[None] * len(constants))
 
 
 def attention_composite(
@@ -176,32 +178,55 @@ def attention_composite(
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    enable_gqa: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The kernels' (out, lse) in plain PyTorch operators, for derivatives of derivatives."""
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    group = q.shape[1] // k.shape[1]
-    keys, values = (t.to(compute).repeat_interleave(group, dim=1) for t in (k, v))
-    scale = scale if scale is not None else 1 / math.sqrt(q.shape[-1])
-    scores = (q.to(compute) @ keys.transpose(-2, -1)) * scale
+    """The kernels' (out, lse) in plain PyTorch operators, which have every derivative.
+
+    Takes what PyTorch's own function takes, not just four dimensions. Without `rng` the dropout
+    mask comes from PyTorch's generator.
+    """
+    with _route.without_autocast(q.device.type):
+        return _attention_composite(
+            q, k, v, attn_mask, rng, dropout_p, is_causal, scale, enable_gqa
+        )
+
+
+def _attention_composite(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    rng: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> tuple[Tensor, Tensor]:
+    queries, keys, values = (
+        t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (q, k, v)
+    )
+    if enable_gqa:
+        keys, values = (
+            t.repeat_interleave(q.shape[-3] // max(t.shape[-3], 1), dim=-3) for t in (keys, values)
+        )
+    scale = scale if scale is not None else 1 / math.sqrt(max(q.shape[-1], 1))
+    scores = (queries @ keys.transpose(-2, -1)) * scale
     if is_causal:
         visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~visible, -math.inf)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attn_mask, -math.inf)
     elif attn_mask is not None:
-        scores = scores + attn_mask.to(compute)
+        scores = scores + attn_mask.to(scores.dtype)
     # Rows without a key: zeros, and no gradient through the log-sum-exp of nothing.
-    hidden = scores.detach().amax(-1, keepdim=True) == -math.inf if scores.shape[-1] else None
-    if hidden is None:
-        return (
-            scores.new_zeros((*q.shape[:-1], v.shape[-1])).to(q.dtype),
-            scores.new_full(q.shape[:-1], -math.inf),
-        )
-    weights = torch.softmax(scores.masked_fill(hidden, 0.0), dim=-1).masked_fill(hidden, 0.0)
-    lse = torch.logsumexp(scores.masked_fill(hidden, 0.0), dim=-1)
-    lse = lse.masked_fill(hidden.squeeze(-1), -math.inf)
+    hidden = (scores == -math.inf).all(-1, keepdim=True)
+    scores = scores.masked_fill(hidden, 0.0)
+    weights = torch.softmax(scores, dim=-1).masked_fill(hidden, 0.0)
+    lse = torch.logsumexp(scores, dim=-1).masked_fill(hidden.squeeze(-1), -math.inf)
     if rng is not None:
         weights = weights * dropout_mask(rng, dropout_p, weights)
+    elif dropout_p != 0:
+        weights = F.dropout(weights, dropout_p)
     return (weights @ values).to(q.dtype), lse
 
 
@@ -254,11 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, attn_mask, rng = ctx.saved_tensors
-    grads = torch.ops.fused.attention_backward(
-        grad_out, grad_lse, q, k, v, out, lse, attn_mask, rng, *ctx.options
-    )
-    return (*grads, *[None] * (2 + len(ctx.options)))
+    return _gradients(ctx, torch.ops.fused, grad_out, grad_lse)
 
 
 torch.library.register_autograd("fused::attention_forward", _backward, setup_context=_setup_context)

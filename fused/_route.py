@@ -55,12 +55,18 @@ def is_traced(*tensors: Tensor | None) -> bool:
     return any(t is not None and type(t) not in _PLAIN_TYPES for t in tensors)
 
 
+def is_transformed() -> bool:
+    """Whether a torch.func transform is active: tensors may have no data of their own."""
+    # The one such question that torch.compile can answer while it traces.
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def composite_reason(*tensors: Tensor | None) -> str | None:
     """Why a call cannot run a kernel whatever its shapes, or None."""
+    if is_transformed():
+        return "a torch.func transform is active"
     if torch.compiler.is_compiling():
         return None
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transform is active"
     # The public forward_ad has no cheap way to ask whether a level is open.
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -89,6 +95,20 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def needs_composite_gradients(*grad_outputs: Tensor | None) -> bool:
+    """Whether a backward pass has to call `composite_gradients` instead of a kernel.
+
+    With gradients enabled someone asked for `create_graph=True`; `is_grads_batched=True` hands over
+    many gradients in one tensor, by a transform older than torch.func.
+    """
+    if torch.is_grad_enabled() or is_transformed():
+        return True
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return not torch.compiler.is_compiling() and any(
+        grad is not None and batched(grad) for grad in grad_outputs
+    )
+
+
 def composite_gradients(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Any],
@@ -96,9 +116,8 @@ def composite_gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `function(*inputs)`, differentiable again to any order.
 
-    For an `autograd.Function.backward` that finds gradients enabled: someone asked for
-    `create_graph=True`. Computes `function`, made of plain PyTorch operators, a second time.
-    Returns a gradient, or None, for each input.
+    For a backward pass that finds `needs_composite_gradients()`. Computes `function`, made of plain
+    PyTorch operators, a second time. Returns a gradient, or None, for each input.
     """
     with torch.enable_grad():
         # Views, so that inputs which are one and the same tensor get gradients of their own.
@@ -129,7 +148,9 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
     Float64 tensors and those that are not floating stay as they are. Eager casts of parameters come
     from autocast's cache, so that a cell that runs at every step casts its weights once.
     """
-    if not torch.is_autocast_enabled(device_type):
+    if not (
+        torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    ):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     if is_traced(*tensors):
@@ -140,3 +161,10 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
             for t in tensors
         )
     return tuple(t if t is None else _kernels.autocast_cast(t, dtype) for t in tensors)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """A context in which PyTorch's operators compute in the dtype that they are given."""
+    if not torch.amp.is_autocast_available(device_type):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -63,6 +63,52 @@ def test_forward_mode_and_functorch() -> None:
     torch.testing.assert_close(batched, scaled_dot_product_attention(q, q, q))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in CASES
+        if c.name
+        in (
+            "causal",
+            "grouped heads",
+            "bool [S, T]",
+            "blind [S, T] beyond tiles",
+            "additive [T]",
+            "scale",
+            "no keys",
+            "expanded",
+        )
+    ],
+    ids=lambda c: c.name,
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_transforms_mean_what_the_op_means(case: AttentionCase, compiled: bool) -> None:
+    (q, k, v), options = case.make(torch.float64, "cpu")
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    grad_out = torch.randn(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
+
+    def loss(*qkv: Tensor) -> Tensor:
+        return (scaled_dot_product_attention(*qkv, **options) * grad_out).sum()
+
+    transformed = torch.func.grad(loss, argnums=(0, 1, 2))
+    if compiled:
+        transformed = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
+    for a, b in zip(transformed(q, k, v), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_gradients_in_a_batch() -> None:
+    inputs, options = double_inputs(SMALL[0])
+    out = scaled_dot_product_attention(*inputs, **options)
+    grad_outs = torch.randn(3, *out.shape, dtype=out.dtype)
+    batched = torch.autograd.grad(out, inputs, grad_outs, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(out, inputs, g, retain_graph=True) for g in grad_outs]
+    for a, b in zip(batched, map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 OPCHECK_CASES = [
     "plain",
     "causal wide",
@@ -166,6 +212,11 @@ def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
         scaled_dot_product_attention(q, q, q).sum().backward()
     assert "fused.attention_forward.default" in seen
     assert "fused.attention_backward.default" in seen
+    inputs, options = double_inputs(SMALL[0])
+    with Watch():
+        assert torch.autograd.gradgradcheck(
+            lambda *qkv: scaled_dot_product_attention(*qkv, **options), inputs
+        )
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(q)
         out = scaled_dot_product_attention(fake, fake, fake)
