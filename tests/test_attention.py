@@ -169,6 +169,20 @@ def test_nan_and_infinity_stay_in_their_row(backend: torch.device) -> None:
     assert out[0, 1, 3].isnan().all() and out[1, 0, 7].isnan().all()
 
 
+def test_inputs_that_are_not_what_their_memory_holds(backend: torch.device) -> None:
+    x = torch.randn(4, 1, 2, 3, 5, device=backend)
+    negative = [torch._neg_view(t).requires_grad_() for t in x[:3]]
+    plain = [(-t).requires_grad_() for t in x[:3]]
+    mask = torch._neg_view(torch.randn(3, 3, device=backend))
+    grad_out = torch._neg_view(x[3])
+    for a, b in zip(
+        run_fused(negative, {"attn_mask": mask}, grad_out),
+        run_fused(plain, {"attn_mask": mask.resolve_neg()}, -x[3]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize(
     ("error", "text", "change"),
     [

@@ -223,6 +223,11 @@ def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
     assert type(out) is type(fake) and out.shape == q.shape
 
 
+def test_zeros_without_memory() -> None:
+    zero = torch._efficientzerotensor((1, 2, 3, 5))
+    assert torch.equal(scaled_dot_product_attention(zero, zero, zero), torch.zeros(1, 2, 3, 5))
+
+
 def test_stale_graph_raises() -> None:
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
     k = torch.randn(1, 2, 3, 4)

@@ -1,8 +1,10 @@
 // The Python module fused._C: a list of the functions, nothing else.
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <optional>
 #include <string>
 
 #include "attention/attention_ops.h"
@@ -15,6 +17,20 @@
 
 namespace {
 
+// What torch's dispatcher does for a registered operator: an argument that is the negative of what
+// its memory holds (the imaginary part of a conjugate is), or a zero without memory, is made real.
+template <typename T>
+const T& materialize(const T& argument) {
+  return argument;
+}
+at::Tensor materialize(const at::Tensor& tensor) {
+  if (tensor._is_zerotensor()) return at::zeros(tensor.sizes(), tensor.options());
+  return tensor.resolve_neg();
+}
+std::optional<at::Tensor> materialize(const std::optional<at::Tensor>& maybe_tensor) {
+  return maybe_tensor ? std::optional(materialize(*maybe_tensor)) : std::nullopt;
+}
+
 // Binds `function` so that it runs without the GIL and shows up in torch.profiler as fused::<name>.
 // The caller holds the arguments.
 template <typename Result, typename... Args>
@@ -22,7 +38,7 @@ void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
   m.def(name, [function, label = std::string("fused::") + name](Args... args) {
     const pybind11::gil_scoped_release no_gil;
     RECORD_FUNCTION(label, c10::ArrayRef<const c10::IValue>{});
-    return function(args...);
+    return function(materialize(args)...);
   });
 }
 
