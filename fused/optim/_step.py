@@ -5,7 +5,7 @@ every step anew; nothing is cached that could go stale. Three ways lead through 
 
     kernel      adam_group / sgd_group of the extension: checks and launches
     registered  torch.ops.fused.adam_ / sgd_, where a tracer or a tensor subclass must see the op
-    composite   stock PyTorch's own function, for what no kernel covers (`composite_reason`)
+    composite   stock PyTorch's own function, for what no kernel covers (`_REASONS`)
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ Group = dict[str, Any]
 # reason for the composite path.
 UNINITIALISED = "uninitialised"
 MODE = "mode"
+DIFFERENTIABLE = "differentiable"
 
 _REASONS = {
+    DIFFERENTIABLE: "differentiable=True needs operators that autograd knows",
     "sparse": "a gradient is sparse",
     "complex": "a parameter is not a floating-point tensor",
     "subclass": "a tensor is of a subclass",
@@ -61,13 +63,9 @@ class FusedStep(Optimizer):
     def _refuse(self, reason: str) -> None:
         """Raises what stock raises for gradients that the algorithm cannot take."""
 
-    @torch._disable_dynamo
     def composite_reason(self, group: Group) -> str | None:
-        """Why stock PyTorch steps this group in place of a kernel, or None."""
-        if group["differentiable"]:
-            return "differentiable=True needs autograd's own ops"
-        outcome = self._kernel_step(group, check_only=True)
-        return None if outcome in (None, UNINITIALISED, MODE) else _REASONS[outcome]
+        """Why stock PyTorch would step this group in place of a kernel, or None. For explain."""
+        return _REASONS.get(self._check(group) or "")
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step.
@@ -92,12 +90,11 @@ class FusedStep(Optimizer):
         groups = self.param_groups
         # With one group the step's own checks suffice: it checks everything before it writes.
         if len(groups) == 1 and not groups[0]["differentiable"]:
-            outcome = self._kernel_step(groups[0], check_only=False)
-            if outcome is None:
+            outcomes = [self._kernel_step(groups[0], check_only=False)]
+            if outcomes[0] is None:
                 return
         else:
-            outcome = ""
-        outcomes = [outcome or self._check(group) for group in groups]
+            outcomes = [self._check(group) for group in groups]
         new_states = []
         for group, outcome in zip(groups, outcomes, strict=True):
             if outcome == UNINITIALISED:
@@ -117,9 +114,9 @@ class FusedStep(Optimizer):
                 self._unscaled_composite_step(group)
 
     def _check(self, group: Group) -> str | None:
-        if group["differentiable"]:
-            return "differentiable"
-        return self._kernel_step(group, check_only=True)
+        return (
+            DIFFERENTIABLE if group["differentiable"] else self._kernel_step(group, check_only=True)
+        )
 
     def _unscaled_composite_step(self, group: Group) -> None:
         """Stock's functions know no GradScaler outside their fused form."""

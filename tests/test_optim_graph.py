@@ -1,0 +1,175 @@
+"""The optimizers under torch.compile, dispatch modes, opcheck and fused.explain."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused
+
+CLASSES = [fused.Adam, fused.AdamW, fused.SGD]
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+OPTIONS: dict[type, list[dict[str, Any]]] = {
+    fused.Adam: [
+        {},
+        {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.5), torch.tensor(0.75))},
+        {"weight_decay": 0.1, "amsgrad": True, "maximize": True},
+        {"foreach": True},
+        {"fused": True},
+    ],
+    fused.AdamW: [{}, {"amsgrad": True, "lr": torch.tensor(0.1), "maximize": True}],
+    fused.SGD: [
+        {},
+        {"momentum": 0.9, "dampening": 0.1, "lr": torch.tensor(0.1)},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "maximize": True},
+    ],
+}
+CASES = [(cls, options) for cls in CLASSES for options in OPTIONS[cls]]
+
+
+def make(cls: type, options: dict[str, Any]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    network = nn.Linear(4, 5)
+    return network, cls(network.parameters(), **copy.deepcopy(options))
+
+
+def set_gradients(network: nn.Module, step: int) -> None:
+    torch.manual_seed(step)
+    for p in network.parameters():
+        p.grad = torch.randn_like(p)
+
+
+def everything(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    states = [value for p in network.parameters() for value in optimizer.state[p].values()]
+    return [p.detach() for p in network.parameters()] + states
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_compiled_step(cls: type) -> None:
+    options = OPTIONS[cls][1]
+    eager, compiled = make(cls, options), make(cls, options)
+    torch._dynamo.reset()
+    step = torch.compile(compiled[1].step, fullgraph=True)
+    for index in range(3):
+        for network, optimizer in (eager, compiled):
+            set_gradients(network, index)
+            versions = [p._version for p in network.parameters()]
+            step() if optimizer is compiled[1] else optimizer.step()
+            assert all(p._version > v for p, v in zip(network.parameters(), versions, strict=True))
+        if index == 1:
+            compiled[1].param_groups[0]["lr"].fill_(0.5)  # read at run time, not compiled in
+            eager[1].param_groups[0]["lr"].fill_(0.5)
+    for a, b in zip(everything(*eager), everything(*compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls, options", CASES)
+def test_a_dispatch_mode_sees_the_op(cls: type, options: dict[str, Any]) -> None:
+    plain, watched = make(cls, options), make(cls, options)
+    for index in range(2):
+        for network, optimizer in (plain, watched):
+            set_gradients(network, index)
+            if optimizer is plain[1]:
+                optimizer.step()
+                continue
+            with Recorder() as recorder:
+                optimizer.step()
+            op = "fused.sgd_.default" if cls is fused.SGD else "fused.adam_.default"
+            assert recorder.ops.count(op) == 1
+    for a, b in zip(everything(*plain), everything(*watched), strict=True):
+        assert torch.equal(a, b)
+
+
+def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.rand(3 + i, 2, dtype=dtype) + 0.1 for i in range(count)]
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck_adam(amsgrad: bool, scaled: bool) -> None:
+    lists = [tensors(2) for _ in range(4)]
+    steps = [torch.tensor(3.0), torch.tensor(1.0)]
+    optional = {"tensor_lr": torch.tensor(0.1)}
+    if scaled:
+        optional |= {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
+    torch.library.opcheck(
+        torch.ops.fused.adam_.default,
+        (*lists, tensors(2) if amsgrad else [], steps),
+        {
+            "lr": 0.1,
+            "beta1": 0.9,
+            "beta2": 0.99,
+            "weight_decay": 0.1,
+            "eps": 1e-8,
+            "amsgrad": amsgrad,
+            "maximize": False,
+            "decoupled_weight_decay": True,
+            "capturable": False,
+            **optional,
+        },
+    )
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_opcheck_sgd(momentum: float, scaled: bool) -> None:
+    optional = {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)} if scaled else {}
+    torch.library.opcheck(
+        torch.ops.fused.sgd_.default,
+        (tensors(2), tensors(2), tensors(2) if momentum else []),
+        {
+            "lr": 0.1,
+            "weight_decay": 0.1,
+            "momentum": momentum,
+            "dampening": 0.1,
+            "nesterov": False,
+            "maximize": True,
+            "first_step": False,
+            "capturable": False,
+            **optional,
+        },
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("cls, options", CASES)
+def test_explain_never_says_composite_for_a_listed_option(
+    cls: type, options: dict[str, Any], dtype: torch.dtype, backend: torch.device
+) -> None:
+    network, _ = make(cls, options)
+    network.to(backend, dtype)
+    optimizer = cls(network.parameters(), **copy.deepcopy(options))
+    for _ in range(2):  # a first step and a later one
+        set_gradients(network, 0)
+        before = [p.detach().clone() for p in network.parameters()]
+        paths = fused.explain(optimizer.step).paths
+        assert len(paths) == 1
+        assert "kernel" in paths[0]
+        assert all(torch.equal(a, b) for a, b in zip(network.parameters(), before, strict=True))
+        optimizer.step()
+
+
+def test_explain_says_why_composite() -> None:
+    def reason(param: Tensor, **options: Any) -> str:
+        param.grad = torch.ones_like(param)
+        explanation = fused.explain(fused.Adam([param], **options).step)
+        assert explanation.paths == ("composite",)
+        return str(explanation)
+
+    assert "not a floating-point tensor" in reason(torch.ones(2, dtype=torch.complex64))
+    assert "differentiable=True" in reason(torch.ones(2), differentiable=True)
