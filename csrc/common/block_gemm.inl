@@ -46,7 +46,7 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
   for (int r = 0; r < kRows; ++r) row_of_a[r] = a + rows_a[r];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = accumulate
                       ? Vector(*reinterpret_cast<const Unaligned*>(c + r * ldc + v * kLanes<A>))
@@ -55,20 +55,20 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
   }
   for (int64_t i = 0; i < k; ++i) {
     Vector row_of_b[kVectors];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + steps_b[i] + v * kLanes<A>);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const A element = row_of_a[r][steps_a[i]];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) sum[r][v] += element * row_of_b[v];
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
       *reinterpret_cast<Unaligned*>(c + r * ldc + v * kLanes<A>) = sum[r][v];
     }
