@@ -5,6 +5,7 @@
 
 #include "attention/attention_ops.h"
 #include "lstm/lstm_ops.h"
+#include "conv/conv_ops.h"
 #include "optim/optim_ops.h"
 
 TORCH_LIBRARY(fused, m) {
@@ -34,6 +35,15 @@ TORCH_LIBRARY(fused, m) {
       "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, "
       "Tensor grad_bias, Tensor grad_w_hr)");
   m.def(
+      "conv_forward(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, "
+      "SymInt[] dilation, SymInt groups, str? activation, bool save_pre) "
+      "-> (Tensor output, Tensor pre)");
+  m.def(
+      "conv_backward(Tensor grad_output, Tensor input, Tensor weight, Tensor? saved, "
+      "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, "
+      "bool want_input, bool want_weight, bool want_bias) "
+      "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
       "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
       "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, *, float lr, "
       "float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, "
@@ -57,6 +67,8 @@ void implement(torch::Library& m) {
   m.impl("lstm_cell_backward", &fused::lstm_cell_backward);
   m.impl("lstm_layer_forward", &fused::lstm_layer_forward);
   m.impl("lstm_layer_backward", &fused::lstm_layer_backward);
+  m.impl("conv_forward", &fused::conv_forward);
+  m.impl("conv_backward", &fused::conv_backward);
   m.impl("adam_", &fused::adam_op);
   m.impl("sgd_", &fused::sgd_op);
 }

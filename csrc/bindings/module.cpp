@@ -10,6 +10,7 @@
 #include "attention/attention_ops.h"
 #include "common/isa.h"
 #include "lstm/lstm_ops.h"
+#include "conv/conv_ops.h"
 #include "optim/optim_bindings.h"
 #if defined(FUSED_EMULATED)
 #include "emulator/bindings.h"
@@ -47,6 +48,8 @@ void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind(m, "attention_forward", &fused::attention_forward);
   bind(m, "attention_backward", &fused::attention_backward);
+  bind(m, "conv_forward", &fused::conv_forward);
+  bind(m, "conv_backward", &fused::conv_backward);
   bind(m, "lstm_cell_forward", &fused::lstm_cell_forward);
   bind(m, "lstm_cell_backward", &fused::lstm_cell_backward);
   bind(m, "lstm_layer_forward", &fused::lstm_layer_forward);

@@ -3,7 +3,8 @@
 // instruction set by for_each_isa.inl.
 //
 // Every element of C is one chain of fused multiply-adds over k in ascending order, whatever the
-// block's shape, so a row's result does not depend on the rows that it is computed with.
+// block's shape, so a row's result does not depend on the rows that it is computed with. The chain
+// begins at zero and what C holds already is added last: sums cut into blocks lose fewer digits.
 
 template <typename A>
 struct VectorOf {
@@ -47,11 +48,7 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      sum[r][v] = accumulate
-                      ? Vector(*reinterpret_cast<const Unaligned*>(c + r * ldc + v * kLanes<A>))
-                      : Vector{};
-    }
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector{};
   }
   for (int64_t i = 0; i < k; ++i) {
     Vector row_of_b[kVectors];
@@ -70,7 +67,8 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      *reinterpret_cast<Unaligned*>(c + r * ldc + v * kLanes<A>) = sum[r][v];
+      Unaligned* out = reinterpret_cast<Unaligned*>(c + r * ldc + v * kLanes<A>);
+      *out = accumulate ? Vector(*out) + sum[r][v] : sum[r][v];
     }
   }
 }

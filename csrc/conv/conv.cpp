@@ -194,7 +194,7 @@ at::Tensor backward_input(const Call& call, const at::Tensor& grad_output, const
 }
 
 // What the CUDA kernels of the weight's gradient leave between their two passes.
-at::Tensor make_partials(const Call& call, const at::Tensor& weight, bool want_weight,
+[[maybe_unused]] at::Tensor make_partials(const Call& call, const at::Tensor& weight, bool want_weight,
                          bool want_bias) {
   const ConvWeightSplits splits = conv_weight_splits(call.geometry);
   const int64_t count = (want_weight ? splits.weight * weight.numel() : 0) +

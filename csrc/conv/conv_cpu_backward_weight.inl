@@ -51,18 +51,20 @@ struct BackwardWeight {
       if (channels(block) > 0) {
         const A* from =
             gather_source<T>(c, plan, unit, group, block * plan.chunk, channels(block), tile);
-        indexed_block_gemm<A>(channels(block) * taps, c.rows, num_pixels, from,
-                              Listed{plan.offsets.data()}, Listed{source.data()}, packed,
-                              Spaced{ld}, sums, ld, true);
+        blocked_sums<A>(channels(block) * taps, c.rows, num_pixels, from,
+                        Listed{plan.offsets.data()}, Listed{source.data()}, packed, Spaced{ld},
+                        sums, ld, true);
       }
       if (block == 0 && p.maybe_grad_bias != nullptr) add_bias(num_pixels, packed, sums + rows * ld);
     }
   }
 
-  // One unit's sum first: long sums lose less that way.
+  // Pairwise: long sums lose less that way. Spoils `packed`.
   void add_bias(int64_t num_pixels, A* packed, A* sum) const {
-    for (int64_t i = 1; i < num_pixels; ++i) {
-      for (int64_t k = 0; k < c.rows; ++k) packed[k] += packed[i * ld + k];
+    while (num_pixels > 1) {
+      const int64_t half = ceil_div(num_pixels, 2);
+      for (int64_t i = 0; i < (num_pixels - half) * ld; ++i) packed[i] += packed[half * ld + i];
+      num_pixels = half;
     }
     for (int64_t k = 0; k < c.rows; ++k) sum[k] += packed[k];
   }

@@ -51,9 +51,9 @@ static void correlate_interleaved(const Correlation& c) {
         const A* from = gather_source<T>(c, plan, unit, group, d, channels, tile.data());
         for (int64_t p = first; p < last; ++p) {
           const A* panel = weights.data() + ((group * panels + p) * k + d * taps) * kWidth;
-          indexed_block_gemm<A>(num_pixels, std::min(kWidth, c.rows - p * kWidth), channels * taps,
-                                from, Listed{source.data()}, Listed{plan.offsets.data()}, panel,
-                                Spaced{kWidth}, sums.data() + (p - first) * kWidth, ld, d > 0);
+          blocked_sums<A>(num_pixels, std::min(kWidth, c.rows - p * kWidth), channels * taps, from,
+                          Listed{source.data()}, Listed{plan.offsets.data()}, panel, Spaced{kWidth},
+                          sums.data() + (p - first) * kWidth, ld, d > 0);
         }
       }
       const int64_t channel = first * kWidth, count = std::min(part * kWidth, c.rows - channel);

@@ -115,8 +115,8 @@ static inline void planar_product(int64_t m, int64_t k, const PlanarPlan& plan, 
                                   int64_t width, const A* tile, const int64_t* offsets, A* sums,
                                   bool accumulate) {
   if (m > 1) {
-    indexed_block_gemm<A>(m, plan.flat, k, panel, Spaced{1}, Spaced{width}, tile, Listed{offsets},
-                          sums, plan.padded_flat, accumulate);
+    blocked_sums<A>(m, plan.flat, k, panel, Spaced{1}, Spaced{width}, tile, Listed{offsets}, sums,
+                    plan.padded_flat, accumulate);
     return;
   }
   // One row has to hold more vectors in flight to hide the latency of its additions.

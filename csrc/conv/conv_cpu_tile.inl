@@ -157,3 +157,19 @@ static const Accumulator<T>* gather_source(const Correlation& c, const GatherPla
   pack_gather_tile<T>(c, plan, unit, source, channels, tile);
   return tile;
 }
+
+// C (+)= A B as indexed_block_gemm, long sums in blocks of kStepsInBlock: a single chain would lose
+// a digit more than the blocked products of a library do.
+template <typename A, typename RowsA, typename StepsA, typename StepsB>
+static inline void blocked_sums(int64_t m, int64_t n, int64_t k, const A* a, RowsA rows_a,
+                                StepsA steps_a, const A* b, StepsB steps_b, A* c, int64_t ldc,
+                                bool accumulate) {
+  constexpr int64_t kStepsInBlock = 96;
+  int64_t first = 0;
+  do {
+    const int64_t steps = std::min(kStepsInBlock, k - first);
+    indexed_block_gemm<A>(m, n, steps, a, rows_a, steps_a.from(first), b, steps_b.from(first), c,
+                          ldc, accumulate || first > 0);
+    first += steps;
+  } while (first < k);
+}

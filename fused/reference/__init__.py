@@ -1,6 +1,7 @@
 """What each op means, in float64 and plain PyTorch operators: the definition that tests hold to."""
 
 from fused.reference.attention import scaled_dot_product_attention
+from fused.reference.conv import conv1d, conv2d, conv3d
 from fused.reference.lstm import lstm, lstm_cell
 
-__all__ = ["lstm", "lstm_cell", "scaled_dot_product_attention"]
+__all__ = ["conv1d", "conv2d", "conv3d", "lstm", "lstm_cell", "scaled_dot_product_attention"]
