@@ -137,7 +137,7 @@ Status for_each_backward_input_correlation(const ConvBackwardInputParams& p, con
     c.dest_stride.space[axis] = p.grad_input_stride.space[axis] * g.stride[axis];
   }
   // Tap t is the first of its residue if t < tap_spacing: these taps number the residues.
-  int32_t first[3];
+  int32_t first[3] = {0, 0, 0};
   const auto residue = [&](int axis) {
     return residue_axis(g, axis,
                         static_cast<int32_t>(int64_t{first[axis]} * g.dilation[axis] %

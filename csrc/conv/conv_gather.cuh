@@ -1,0 +1,118 @@
+// How the CUDA kernels address a convolution: a pixel and a (channel, tap) are decoded once, by one
+// thread, into an offset and a position along each axis; an element is where the two offsets add up,
+// and it is inside where the two positions do. The tiles of these entries live in shared memory.
+#pragma once
+
+#include "common/dtype.h"
+#include "common/launch.h"
+#include "conv/correlation.h"
+
+namespace fused {
+
+constexpr int kConvThreads = 256;
+constexpr int kStepDepth = 16;  // products summed between two barriers
+constexpr int kPad = 4;         // keeps rows of a tile in different banks, and 16-byte aligned
+
+// Four neighbours of a tile's row, which every thread multiplies at a time.
+template <typename A>
+struct alignas(16) Four {
+  A element[4];
+};
+
+// Four neighbours in memory.
+template <typename T>
+struct alignas(4 * sizeof(T) < 16 ? 4 * sizeof(T) : 16) StoredFour {
+  T element[4];
+};
+
+struct PixelEntry {
+  int64_t source;  // offset of the position that tap (0, 0, 0) reads; may lie outside
+  int64_t dest;    // offset of the destination, -1 beyond the last
+  int32_t at[3];   // that position
+};
+
+struct TapEntry {
+  int64_t source;  // offset from the pixel's
+  int64_t weight;  // offset of the weight, less its row's; -1 beyond the last
+  int32_t delta[3];
+};
+
+// Destination pixel `index` of all batch * count pixels.
+__device__ __forceinline__ PixelEntry decode_pixel(const Correlation& c, int64_t index,
+                                                   int64_t num_pixels) {
+  PixelEntry p;
+  p.dest = -1;
+  p.source = 0;
+  if (index >= num_pixels) {
+    p.at[0] = p.at[1] = p.at[2] = INT32_MIN / 2;  // inside nothing
+    return p;
+  }
+  p.dest = 0;
+#pragma unroll
+  for (int axis = 2; axis >= 0; --axis) {
+    const int32_t j = static_cast<int32_t>(index % c.count[axis]);
+    index /= c.count[axis];
+    p.at[axis] = c.start[axis] + c.step[axis] * j;
+    p.source += p.at[axis] * c.source_stride.space[axis];
+    p.dest += j * c.dest_stride.space[axis];
+  }
+  p.source += index * c.source_stride.outer;
+  p.dest += index * c.dest_stride.outer;
+  return p;
+}
+
+// Product `index` of a destination's depth * taps: channels fastest in channels-last tensors, taps
+// fastest in others.
+template <bool kChannelsLast>
+__device__ __forceinline__ TapEntry decode_tap(const Correlation& c, int32_t index, int32_t taps) {
+  TapEntry t;
+  t.source = 0;
+  t.weight = -1;
+  if (index >= c.depth * taps) {
+    t.delta[0] = t.delta[1] = t.delta[2] = INT32_MIN / 2;
+    return t;
+  }
+  int32_t tap = kChannelsLast ? index / c.depth : index % taps;
+  const int32_t channel = kChannelsLast ? index % c.depth : index / taps;
+  t.source = channel * c.source_stride.channel;
+  t.weight = channel * c.weight_stride.depth;
+#pragma unroll
+  for (int axis = 2; axis >= 0; --axis) {
+    const int32_t u = tap % c.taps[axis];
+    tap /= c.taps[axis];
+    t.delta[axis] = c.tap_step[axis] * u;
+    t.source += t.delta[axis] * c.source_stride.space[axis];
+    t.weight += u * c.weight_stride.tap[axis];
+  }
+  return t;
+}
+
+__device__ __forceinline__ bool is_inside(const Correlation& c, const PixelEntry& p,
+                                          const TapEntry& t) {
+  bool inside = true;
+#pragma unroll
+  for (int axis = 0; axis < 3; ++axis) {
+    // One comparison for both ends: what is negative is huge as unsigned.
+    inside &= static_cast<uint32_t>(p.at[axis] + t.delta[axis]) <
+              static_cast<uint32_t>(c.source_size[axis]);
+  }
+  return inside;
+}
+
+// sums[i][j] += a row's four elements times a column's four, for each of kStepDepth products.
+template <typename A, int kRowA, int kRowB>
+__device__ __forceinline__ void multiply_tiles(const A (*a)[kRowA], const A (*b)[kRowB],
+                                               int first_a, int first_b, A (&sums)[4][4]) {
+#pragma unroll
+  for (int k = 0; k < kStepDepth; ++k) {
+    const Four<A> x = *reinterpret_cast<const Four<A>*>(&a[k][first_a]);
+    const Four<A> y = *reinterpret_cast<const Four<A>*>(&b[k][first_b]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[i][j] += x.element[i] * y.element[j];
+    }
+  }
+}
+
+}  // namespace fused

@@ -1,0 +1,32 @@
+// What the launchers share.
+#pragma once
+
+#include "common/launch.h"
+#include "conv/conv_gather.cuh"
+
+namespace fused {
+
+constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t num_pixels(const Correlation& c) {
+  return int64_t{c.batch} * c.count[0] * c.count[1] * c.count[2];
+}
+
+// kConvThreads threads in each of `blocks` blocks.
+template <typename... Params, typename... Args>
+Status launch_flat(void (*kernel)(Params...), int64_t blocks, size_t shared_bytes, Stream stream,
+                   const Args&... args) {
+  if (blocks > kMaxBlocks) return "the output needs more than 2^31 - 1 blocks";
+  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kConvThreads), shared_bytes,
+                stream, args...);
+}
+
+// Products of one sum, which the kernels count in 32 bits.
+inline Status check_products(const Correlation& c) {
+  const int64_t products = int64_t{c.depth} * c.taps[0] * c.taps[1] * c.taps[2];
+  return products > kMaxBlocks - kConvThreads ? "a weight's row has 2^31 elements or more" : nullptr;
+}
+
+}  // namespace fused
