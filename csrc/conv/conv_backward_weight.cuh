@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kConvThreads)
 
   // Lanes run along (channel, tap).
   const int my_column = thread % 16 * 4, my_row = thread / 16 * 4;
-  A sums[4][4] = {};
+  A sums[4][4] = {}, totals[4][4] = {};
   WeightLoader<T, kChannelsLast> loader;
   loader.fetch(c, tiles, grad, input, rows);
   for (int64_t pixel = begin; pixel < end; pixel += kStepDepth) {
@@ -117,7 +117,9 @@ __global__ void __launch_bounds__(kConvThreads)
     __syncthreads();
     if (pixel + kStepDepth < end) loader.fetch(c, tiles, grad, input, rows);
     multiply_tiles(tiles.grad, tiles.input, my_row, my_column, sums);
+    if ((pixel - begin) / kStepDepth % kStepsInBlock == kStepsInBlock - 1) end_block(sums, totals);
   }
+  end_block(sums, totals);
 
   partials += (split * c.groups * c.rows + first_channel) * columns;
 #pragma unroll
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kConvThreads)
       const int32_t column = first_column + my_column + j;
       if (my_row + i >= rows || column >= columns) continue;
       partials[int64_t{my_row + i} * columns +
-               partial_index<kChannelsLast>(column, c.depth, taps)] = sums[i][j];
+               partial_index<kChannelsLast>(column, c.depth, taps)] = totals[i][j];
     }
   }
 }

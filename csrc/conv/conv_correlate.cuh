@@ -144,7 +144,7 @@ __device__ __forceinline__ void finish_sums(const Correlation& c, const PixelEnt
 }
 
 template <typename T, int kTileRows, bool kChannelsLast, bool kVector>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
     conv_correlate_kernel(const Correlation c, const int64_t num_pixels) {
   using A = Accumulator<T>;
   using Loader = CorrelateLoader<T, kTileRows, kChannelsLast, kVector>;
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kConvThreads)
   constexpr int kLanes = kChannelsLast ? kTileRows / 4 : kTilePixels / 4;
   const int lane = thread % kLanes * 4, other = thread / kLanes * 4;
   const int my_row = kChannelsLast ? lane : other, my_pixel = kChannelsLast ? other : lane;
-  A sums[4][4] = {};
+  A sums[4][4] = {}, totals[4][4] = {};
   Loader loader;
   if (steps > 0) loader.fetch(c, tiles, weight, source, rows);
   for (int32_t step = 0; step < steps; ++step) {
@@ -188,9 +188,12 @@ __global__ void __launch_bounds__(kConvThreads)
     __syncthreads();
     if (step + 1 < steps) loader.fetch(c, tiles, weight, source, rows);
     multiply_tiles(tiles.weight, tiles.source, my_row, my_pixel, sums);
+    if (step % kStepsInBlock == kStepsInBlock - 1) end_block(sums, totals);
   }
+  end_block(sums, totals);
   finish_sums<T, kChannelsLast>(c, tiles.pixels + my_pixel,
-                                int64_t{group} * c.rows + first_row + my_row, rows - my_row, sums);
+                                int64_t{group} * c.rows + first_row + my_row, rows - my_row,
+                                totals);
 }
 
 }  // namespace fused

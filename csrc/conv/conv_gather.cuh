@@ -99,6 +99,22 @@ __device__ __forceinline__ bool is_inside(const Correlation& c, const PixelEntry
   return inside;
 }
 
+// Long sums are cut into blocks of this many steps: one chain of additions would lose a digit more
+// than the blocked products of a library do.
+constexpr int kStepsInBlock = 4;
+
+template <typename A>
+__device__ __forceinline__ void end_block(A (&sums)[4][4], A (&totals)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      totals[i][j] += sums[i][j];
+      sums[i][j] = 0;
+    }
+  }
+}
+
 // sums[i][j] += a row's four elements times a column's four, for each of kStepDepth products.
 template <typename A, int kRowA, int kRowB>
 __device__ __forceinline__ void multiply_tiles(const A (*a)[kRowA], const A (*b)[kRowB],
