@@ -4,7 +4,7 @@ from fused import functional
 from fused._explain import explain
 from fused._patch import patch, unpatch
 from fused._version import __version__
-from fused.modules import LSTM, Attention, LSTMCell
+from fused.modules import LSTM, Attention, Conv1d, Conv2d, Conv3d, LSTMCell
 from fused.optim import SGD, Adam, AdamW
 
 __all__ = [
@@ -13,6 +13,9 @@ __all__ = [
     "Adam",
     "AdamW",
     "Attention",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
     "LSTMCell",
     "__version__",
     "explain",
