@@ -145,8 +145,6 @@ def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | No
             return "an input is nested, sparse or of another layout"
         if tensor.dtype not in _DTYPES:
             return f"no kernel for dtype {tensor.dtype}"
-        if tensor.is_conj() or tensor.is_neg():
-            return "an input is a lazy conjugate or negative"
     if input.device.type not in ("cpu", "cuda", "meta"):
         return f"no kernel for device {input.device.type}"
     return None

@@ -4,8 +4,8 @@
 #include <torch/library.h>
 
 #include "attention/attention_ops.h"
-#include "lstm/lstm_ops.h"
 #include "conv/conv_ops.h"
+#include "lstm/lstm_ops.h"
 #include "optim/optim_ops.h"
 
 TORCH_LIBRARY(fused, m) {

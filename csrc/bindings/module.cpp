@@ -9,8 +9,8 @@
 
 #include "attention/attention_ops.h"
 #include "common/isa.h"
-#include "lstm/lstm_ops.h"
 #include "conv/conv_ops.h"
+#include "lstm/lstm_ops.h"
 #include "optim/optim_bindings.h"
 #if defined(FUSED_EMULATED)
 #include "emulator/bindings.h"
