@@ -19,9 +19,10 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
 
 _STOCK = tuple(TWINS)
 
-# In eval, under no_grad, these two would compute attention themselves and go around the module. An
-# attribute of each, which its constructor set, lets them: unset, they call their submodules.
-_FAST_PATH_SWITCH: dict[type[nn.Module], tuple[str, object]] = {
+# In eval, under no_grad, these two and their subclasses would compute attention themselves and go
+# around the module. An attribute of each, which its constructor set, lets them: unset, they call
+# their submodules.
+_FAST_PATH_SWITCHES: dict[type[nn.Module], tuple[str, object]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
@@ -53,6 +54,9 @@ def patch(model: nn.Module) -> PatchReport:
     parametrized modules are left alone. An `nn.TransformerEncoder` or `nn.TransformerEncoderLayer`
     calls its patched attention in evaluation too, where stock has a path of its own around it.
 
+    Patch before the first call of a compiled model: torch.compile does not look at the class of
+    PyTorch's own modules again.
+
     Args:
         model: any module; it may itself be of a kind that has a twin.
 
@@ -74,7 +78,7 @@ def patch(model: nn.Module) -> PatchReport:
                 else f"{kind.__name__} is a subclass of {stock}"
             )
     for module in model.modules():
-        switch = _FAST_PATH_SWITCH.get(type(module))
+        switch = _fast_path_switch(module)
         if switch is not None and _holds_patched_attention(module):
             attribute, off = switch
             module.__dict__.setdefault(_SWITCH_BEFORE, getattr(module, attribute))
@@ -83,17 +87,30 @@ def patch(model: nn.Module) -> PatchReport:
 
 
 def unpatch(model: nn.Module) -> PatchReport:
-    """Undoes `patch`: exactly the modules that it swapped become stock again."""
+    """Undoes `patch`: exactly the modules that it swapped become stock again.
+
+    A module that was parametrized since is left alone: its class is no longer the twin, but one
+    that holds the parametrizations.
+    """
     report = PatchReport()
     for name, module in model.named_modules():
-        before = module.__dict__.pop(_CLASS_BEFORE, None)
-        if before is not None:
+        before = module.__dict__.get(_CLASS_BEFORE)
+        if before is not None and type(module) is not TWINS[before]:
+            report.left_alone[name] = "parametrized since"
+        elif before is not None:
+            del module.__dict__[_CLASS_BEFORE]
             report.replaced[name] = f"fused.{type(module).__name__} -> {before.__name__}"
             module.__class__ = before
-        if _SWITCH_BEFORE in module.__dict__:
-            attribute, _ = _FAST_PATH_SWITCH[type(module)]
+        switch = _fast_path_switch(module)
+        if switch is not None and _SWITCH_BEFORE in module.__dict__:
+            attribute, _ = switch
             setattr(module, attribute, module.__dict__.pop(_SWITCH_BEFORE))
     return report
+
+
+def _fast_path_switch(module: nn.Module) -> tuple[str, object] | None:
+    switches = (s for kind, s in _FAST_PATH_SWITCHES.items() if isinstance(module, kind))
+    return next((s for s in switches if hasattr(module, s[0])), None)
 
 
 def _holds_patched_attention(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 
 import fused
 
@@ -99,6 +99,38 @@ def test_the_model_itself_and_a_copy_of_it() -> None:
     twin = copy.deepcopy(model)
     fused.unpatch(twin)
     assert type(twin) is nn.MultiheadAttention and type(model) is fused.Attention
+
+
+class EncoderLayer(nn.TransformerEncoderLayer):
+    pass
+
+
+class Encoder(nn.TransformerEncoder):
+    pass
+
+
+def test_subclasses_of_the_encoder_run_kernels_too() -> None:
+    layer = EncoderLayer(16, 4, 32, batch_first=True)
+    model = Encoder(layer, 2).eval()
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    fused.patch(model)
+    with torch.no_grad():
+        assert launches(model, torch.randn(2, 5, 16), src_key_padding_mask=padding) == 2
+    fused.unpatch(model)
+    assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
+
+
+def test_unpatch_leaves_what_was_parametrized_since() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(8, 2))
+    fused.patch(model)
+    parametrizations.weight_norm(model[0], "in_proj_weight")
+    report = fused.unpatch(model)
+    assert report.left_alone == {"0": "parametrized since"} and report.replaced == {}
+    x = torch.randn(3, 1, 8)
+    model[0](x, x, x, need_weights=False)
+    parametrize.remove_parametrizations(model[0], "in_proj_weight")
+    assert fused.unpatch(model).left_alone == {}
+    assert type(model[0]) is nn.MultiheadAttention
 
 
 def test_unpatch_leaves_modules_that_were_fused_from_the_start() -> None:
