@@ -170,6 +170,9 @@ def test_bad_input_has_stock_errors() -> None:
         {"query": x, "key": x, "value": x, "attn_mask": torch.zeros(5, 5, dtype=torch.int)},
         {"query": x, "key": x, "value": x, "is_causal": True},
         {"query": x[0], "key": x, "value": x},
+        {"query": x, "key": x[:1], "value": x[:1]},
+        {"query": x, "key": x, "value": x, "key_padding_mask": torch.zeros(2, 4).bool()},
+        {"query": x, "key": x, "value": x, "key_padding_mask": torch.zeros(1, 5).bool()},
     ]
     for arguments, module in itertools.product(bad, (stock, ours)):
         with pytest.raises((AssertionError, RuntimeError)) as caught:

@@ -121,8 +121,17 @@ class Attention(nn.MultiheadAttention):
         same = key.shape[:-1] == value.shape[:-1]
         if not same or (self._qkv_same_embed_dim and key.shape != value.shape):
             raise AssertionError(f"key shape {key.shape} does not match value shape {value.shape}")
+        batch = query.shape[1] if query.dim() == 3 else 1
+        if query.dim() == 3 and key.shape[1] != batch:
+            raise RuntimeError(f"key must have the batch of query ({batch}), got {key.shape[1]}")
+        if key_padding_mask is not None:
+            expected = key.shape[:-1] if key.dim() == 2 else (batch, key.shape[0])
+            if key_padding_mask.shape != expected:
+                raise AssertionError(
+                    f"Expected key_padding_mask of shape {tuple(expected)}, but got "
+                    f"{tuple(key_padding_mask.shape)}"
+                )
         if attn_mask is not None:
-            batch = query.shape[1] if query.dim() == 3 else 1
             sizes = (query.shape[0], key.shape[0])
             expected = sizes if attn_mask.dim() == 2 else (batch * self.num_heads, *sizes)
             if attn_mask.shape != expected:
