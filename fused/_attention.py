@@ -70,12 +70,27 @@ def scaled_dot_product_attention(
         return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
         return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    batch = _broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))
     if attn_mask is not None and attn_mask.dim() > 3:
+        if attn_mask.dim() - 3 > len(batch):
+            raise ValueError(
+                "attention: attn_mask must have at most as many dimensions as the output "
+                f"({len(batch) + 3}), got {list(attn_mask.shape)}"
+            )
         attn_mask = _to_four_dims(attn_mask, batch)
     out = _attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
     return out.reshape(*batch, *query.shape[-3:-1], value.shape[-1])
+
+
+def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
+    try:
+        return torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    except RuntimeError:
+        raise ValueError(
+            "attention: query, key and value must have a batch that broadcasts, got "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        ) from None
 
 
 def _to_four_dims(tensor: Tensor, batch: torch.Size) -> Tensor:
@@ -100,6 +115,8 @@ def _unsupported(
     if not 1 <= query.shape[-1] <= _MAX_HEAD_DIM or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
         return f"no kernel for head_dim {query.shape[-1]} and {value.shape[-1]} (1 to 512)"
     heads = (query.shape[-3], key.shape[-3], value.shape[-3])
+    if enable_gqa and heads[1] != heads[2]:
+        return f"heads {heads}: key and value are in groups of their own"
     if not enable_gqa and not heads[0] == heads[1] == heads[2]:
         return f"heads {heads} are broadcast, which enable_gqa=True would make a group"
     if attn_mask is not None:

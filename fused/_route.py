@@ -4,8 +4,8 @@ There are three ways, and every op takes one of them through this module:
 
 - *kernel*: the op's `autograd.Function` over the pybind11 function, the shortest way in eager mode;
 - *traced*: the same C++ function as `torch.ops.fused.<op>`, with the same derivative, where someone
-  must see the op itself: torch.compile and torch.export, fake tensors, tensor subclasses and
-  dispatch modes;
+  must see the op itself: torch.compile and torch.export, fake and meta tensors, tensor subclasses
+  and dispatch modes;
 - *composite*: plain PyTorch operators, for what no kernel covers. `torch.func` transforms and
   forward-mode derivatives take it, and so do derivatives beyond the first, because every PyTorch
   operator has its rules for them.
@@ -52,7 +52,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """Whether someone must see the registered op instead of the function behind it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return True
-    return any(t is not None and type(t) not in _PLAIN_TYPES for t in tensors)
+    return any(t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta) for t in tensors)
 
 
 def is_transformed() -> bool:

@@ -230,3 +230,27 @@ def test_errors(error: type, text: str, change: str, backend: torch.device) -> N
             call(q, k, v, mask, None, p, False, None)
         assert str(caught.value).splitlines()[0] == text
         assert type(caught.value) is error
+
+
+@pytest.mark.parametrize(
+    ("text", "key_shape", "mask_shape"),
+    [
+        ("query, key and value must have a batch that broadcasts, got", (3, 2, 7, 8), None),
+        ("attn_mask must have at most as many dimensions as the output", (2, 7, 8), (1, 2, 5, 7)),
+    ],
+)
+def test_errors_of_the_function(
+    text: str, key_shape: tuple[int, ...], mask_shape: tuple[int, ...] | None
+) -> None:
+    q, k = torch.randn(2, 2, 5, 8), torch.randn(key_shape)
+    q = q[0] if k.dim() == 3 else q
+    mask = None if mask_shape is None else torch.randn(mask_shape)
+    with pytest.raises(ValueError, match=f"^attention: {text}"):
+        scaled_dot_product_attention(q, k, k, mask)
+
+
+def test_key_and_value_in_groups_of_their_own() -> None:
+    q, k, v = torch.randn(3, 1, 6, 4, 8).unbind()
+    k, v = k[:, :3], v[:, :2]
+    actual = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(actual, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))

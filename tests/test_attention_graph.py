@@ -223,6 +223,15 @@ def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
     assert type(out) is type(fake) and out.shape == q.shape
 
 
+def test_meta_tensors() -> None:
+    module = fused.Attention(8, 2, device="meta")
+    x = torch.randn(3, 2, 8, device="meta", requires_grad=True)
+    out = module(x, x, x, need_weights=False)[0]
+    assert out.shape == x.shape and out.is_meta
+    out.sum().backward()
+    assert x.grad is not None and x.grad.is_meta
+
+
 def test_zeros_without_memory() -> None:
     zero = torch._efficientzerotensor((1, 2, 3, 5))
     assert torch.equal(scaled_dot_product_attention(zero, zero, zero), torch.zeros(1, 2, 3, 5))
