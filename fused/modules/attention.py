@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fused import _route
 from fused._attention import scaled_dot_product_attention
 
 
@@ -63,6 +64,8 @@ class Attention(nn.MultiheadAttention):
             The output in the layout of ``query``, and the weights or None.
         """
         if need_weights or query.is_nested or key.is_nested or value.is_nested:
+            why = "need_weights=True asks for the weights" if need_weights else "an input is nested"
+            _route.report("attention", query.device, why)
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
