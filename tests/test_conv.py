@@ -41,14 +41,10 @@ def draw_grad_out(case: ConvCase, tensors: list[Tensor], options: dict) -> Tenso
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_forward_and_gradients(
-    case: ConvCase, dtype: torch.dtype, backend: torch.device
-) -> None:
+def test_forward_and_gradients(case: ConvCase, dtype: torch.dtype, backend: torch.device) -> None:
     tensors, options = case.make(dtype, backend)
     grad_out = draw_grad_out(case, tensors, options)
-    expected = run(
-        getattr(reference, case.op), [t.double() for t in tensors], options, grad_out
-    )
+    expected = run(getattr(reference, case.op), [t.double() for t in tensors], options, grad_out)
     low = [t.float() if dtype == torch.float64 else t for t in tensors]
     yardstick = run(stock(case), low, options, grad_out)
     actual = run(getattr(functional, case.op), tensors, options, grad_out)
@@ -176,7 +172,12 @@ def test_nan_and_infinity_go_where_the_sums_carry_them(
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(activation: str | None, backend: torch.device) -> None:
     case = ConvCase(
-        "check", size=(4, 5), in_channels=2, out_channels=2, stride=(1, 2), activation=activation,
+        "check",
+        size=(4, 5),
+        in_channels=2,
+        out_channels=2,
+        stride=(1, 2),
+        activation=activation,
         padding="valid" if activation else (1, 0),
     )
     tensors, options = case.make(torch.float64, backend, seed=3)
@@ -191,7 +192,9 @@ def test_second_derivative_with_uneven_padding(backend: torch.device) -> None:
     inputs = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradgradcheck(lambda *t: functional.conv1d(*t, **options), inputs)
     kernels = [[1], [0, 1], [1], 1, "tanh"]
-    torch.testing.assert_close(ConvFunction.apply(*inputs, *kernels), conv_composite(*inputs, *kernels))
+    torch.testing.assert_close(
+        ConvFunction.apply(*inputs, *kernels), conv_composite(*inputs, *kernels)
+    )
 
 
 def test_activations_far_out(backend: torch.device) -> None:
@@ -291,7 +294,9 @@ def test_backward_checks_what_it_gets(backend: torch.device) -> None:
     options = ([1], [0, 0], [1], 1)
     backward = _route.kernels().conv_backward
     wanted = (True, True, True)
-    with pytest.raises(ValueError, match=r"conv1d: grad_output must have the shape \[2, 4, 5\], got"):
+    with pytest.raises(
+        ValueError, match=r"conv1d: grad_output must have the shape \[2, 4, 5\], got"
+    ):
         backward(torch.ones(2, 4, 6, device=backend), input, weight, None, *options, None, *wanted)
     grad = torch.ones(2, 4, 5, device=backend)
     with pytest.raises(ValueError, match="conv1d: saved must be given with an activation"):
@@ -302,7 +307,7 @@ def test_backward_checks_what_it_gets(backend: torch.device) -> None:
 
 def test_python_errors() -> None:
     input, weight = torch.ones(1, 1, 4), torch.ones(1, 1, 2)
-    with pytest.raises(ValueError, match="conv1d: activation must be None, 'relu', .*, got 'elu'"):
+    with pytest.raises(ValueError, match=r"conv1d: activation must be None, 'relu', .*, got 'elu'"):
         functional.conv1d(input, weight, activation="elu")
     with pytest.raises(ValueError, match="conv1d: stride must be 1 with padding='same', got"):
         functional.conv1d(input, weight, stride=2, padding="same")

@@ -1,9 +1,9 @@
-// Every PTX instruction of the project, one thin wrapper each: the instruction and no policy. In the
-// emulator the same names are warp collectives that follow the documented fragment layouts
+// Every PTX instruction of the project, one thin wrapper each: the instruction and no policy. In
+// the emulator the same names are warp collectives that follow the documented fragment layouts
 // (emulator/ptx.h); layouts are given here once, for both.
 //
-// Lane l of a warp is in group g = l / 4 with place t = l % 4. A register of 16-bit elements holds two
-// neighbours, the first in its low half.
+// Lane l of a warp is in group g = l / 4 with place t = l % 4. A register of 16-bit elements holds
+// two neighbours, the first in its low half.
 //
 //   mma m16n8k16, 16-bit   A [16, 16]  a[0]: (g, 2t)  a[1]: (g + 8, 2t)  a[2]: (g, 2t + 8)
 //                                      a[3]: (g + 8, 2t + 8), and the next column each
@@ -13,11 +13,13 @@
 //                          B [8, 8]    b[0]: (t, g)  b[1]: (t + 4, g)
 //   both                   C, D [16, 8] float  d[0], d[1]: (g, 2t), (g, 2t + 1)
 //                                              d[2], d[3]: (g + 8, 2t), (g + 8, 2t + 1)
-//   ldmatrix, stmatrix     8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
+//   ldmatrix, stmatrix     8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8
+//   of
 //                          matrix l / 8 and holds of each matrix row g, columns 2t and 2t + 1; with
 //                          transposition column g, rows 2t and 2t + 1
 //
-// PTX ISA: "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", "ldmatrix", "stmatrix", "cp.async".
+// PTX ISA: "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", "ldmatrix", "stmatrix",
+// "cp.async".
 #pragma once
 
 #include <cstdint>
@@ -105,10 +107,10 @@ __device__ __forceinline__ void stmatrix(void* row, const uint32_t (&fragment)[4
                  "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
                  : "memory");
   } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                     shared_address(row)),
-                 "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-                 : "memory");
+    asm volatile(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)),
+        "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
+        : "memory");
   }
 }
 

@@ -4,7 +4,6 @@
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty.h>
 
-
 #include <algorithm>
 #include <limits>
 #include <utility>
@@ -22,9 +21,9 @@ constexpr int64_t kMaxExtent = std::numeric_limits<int32_t>::max() / 4;  // sums
 Activation parse_activation(const char* op, std::optional<std::string_view> name) {
   if (!name) return Activation::kNone;
   constexpr std::pair<std::string_view, Activation> kNames[] = {
-      {"relu", Activation::kRelu},           {"gelu", Activation::kGelu},
-      {"silu", Activation::kSilu},           {"leaky_relu", Activation::kLeakyRelu},
-      {"sigmoid", Activation::kSigmoid},     {"tanh", Activation::kTanh},
+      {"relu", Activation::kRelu},       {"gelu", Activation::kGelu},
+      {"silu", Activation::kSilu},       {"leaky_relu", Activation::kLeakyRelu},
+      {"sigmoid", Activation::kSigmoid}, {"tanh", Activation::kTanh},
   };
   for (const auto& [known, activation] : kNames) {
     if (*name == known) return activation;
@@ -53,7 +52,8 @@ void check_operand(const Call& call, const char* argument, const at::Tensor& ten
 
 void check_options(const Call& call, at::IntArrayRef stride, at::IntArrayRef padding,
                    at::IntArrayRef dilation, int64_t groups) {
-  const auto check = [&](const char* argument, at::IntArrayRef values, size_t count, int64_t least) {
+  const auto check = [&](const char* argument, at::IntArrayRef values, size_t count,
+                         int64_t least) {
     FUSED_CHECK_VALUE(values.size() == count, call.op, ": ", argument, " must have ", count,
                       " elements, got ", values);
     for (const int64_t value : values) {
@@ -194,8 +194,8 @@ at::Tensor backward_input(const Call& call, const at::Tensor& grad_output, const
 }
 
 // What the CUDA kernels of the weight's gradient leave between their two passes.
-[[maybe_unused]] at::Tensor make_partials(const Call& call, const at::Tensor& weight, bool want_weight,
-                         bool want_bias) {
+[[maybe_unused]] at::Tensor make_partials(const Call& call, const at::Tensor& weight,
+                                          bool want_weight, bool want_bias) {
   const ConvWeightSplits splits = conv_weight_splits(call.geometry);
   const int64_t count = (want_weight ? splits.weight * weight.numel() : 0) +
                         (want_bias ? splits.bias * weight.size(0) : 0);
@@ -234,10 +234,12 @@ std::tuple<at::Tensor, at::Tensor> backward_weight(const Call& call, const at::T
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> conv_forward(
-    const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,
-    std::optional<std::string_view> activation, bool save_pre) {
+std::tuple<at::Tensor, at::Tensor> conv_forward(const at::Tensor& input, const at::Tensor& weight,
+                                                const std::optional<at::Tensor>& bias,
+                                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                                at::IntArrayRef dilation, int64_t groups,
+                                                std::optional<std::string_view> activation,
+                                                bool save_pre) {
   const Call call = check_call(input, weight, stride, padding, dilation, groups, activation);
   if (bias) {
     check_operand(call, "bias", *bias, input);

@@ -1,8 +1,8 @@
 // Convolution: the contract between the glue and the kernels.
 //
 // One formulation in three dimensions serves conv1d, conv2d and conv3d: missing leading dimensions
-// have extent 1. N = batch, C = input channels, K = output channels, G = groups; an axis of space is
-// 0 (depth), 1 (height) or 2 (width). What torch calls a convolution is a cross-correlation:
+// have extent 1. N = batch, C = input channels, K = output channels, G = groups; an axis of space
+// is 0 (depth), 1 (height) or 2 (width). What torch calls a convolution is a cross-correlation:
 //
 //   output[n, k, o] = act(bias[k] + sum over c, t of weight[k, c, t] input[n, c, o s - p + t d])
 //
@@ -47,7 +47,8 @@ struct ConvForwardParams {
   Activation activation;
 };
 
-// grad_input[n, c, i] = sum over k, t with o s - p + t d = i of weight[k, c, t] grad_output[n, k, o].
+// grad_input[n, c, i] = sum over k, t with o s - p + t d = i of weight[k, c, t] grad_output[n, k,
+// o].
 struct ConvBackwardInputParams {
   const void* grad_output;  // [N, K, out space], dtype
   const void* weight;       // [K, C / G, kernel], dtype

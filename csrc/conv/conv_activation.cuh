@@ -129,13 +129,14 @@ __global__ void __launch_bounds__(256)
   };
   const int64_t index = 4 * (int64_t{blockIdx.x} * blockDim.x + threadIdx.x);
   if (index >= count) return;
-  const Stored grad = *reinterpret_cast<const Stored*>(static_cast<const T*>(p.grad_output) + index);
+  const Stored grad =
+      *reinterpret_cast<const Stored*>(static_cast<const T*>(p.grad_output) + index);
   const Stored saved = *reinterpret_cast<const Stored*>(static_cast<const T*>(p.saved) + index);
   Stored out;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    out.element[i] = store<T>(
-        activate_backward(p.activation, load(grad.element[i]), load(saved.element[i])));
+    out.element[i] =
+        store<T>(activate_backward(p.activation, load(grad.element[i]), load(saved.element[i])));
   }
   *reinterpret_cast<Stored*>(static_cast<T*>(p.grad_pre) + index) = out;
 }

@@ -81,9 +81,8 @@ Status backward_weight(const ConvBackwardWeightParams& p, Stream stream) {
 }  // namespace
 
 Status conv_backward_weight_cuda(const ConvBackwardWeightParams& params, Stream stream) {
-  return visit_dtype(params.dtype, [&](auto type) {
-    return backward_weight<decltype(type)>(params, stream);
-  });
+  return visit_dtype(params.dtype,
+                     [&](auto type) { return backward_weight<decltype(type)>(params, stream); });
 }
 
 }  // namespace fused

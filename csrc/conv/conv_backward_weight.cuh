@@ -1,5 +1,5 @@
-// Gradients of weight and bias: sums over all pixels, in two passes of fixed order. The first leaves
-// one sum for each of `splits` shares of the pixels, the second adds the shares up.
+// Gradients of weight and bias: sums over all pixels, in two passes of fixed order. The first
+// leaves one sum for each of `splits` shares of the pixels, the second adds the shares up.
 //
 // conv_backward_weight_kernel: an implicit matrix product, grad_output [channel, pixel] by the
 // gathered input [pixel, (channel, tap)]. Grid: one block per 64 output channels of a group by 64
@@ -74,8 +74,8 @@ struct WeightLoader {
 
 template <typename T, bool kChannelsLast>
 __global__ void __launch_bounds__(kConvThreads)
-    conv_backward_weight_kernel(const Correlation c, const int64_t num_pixels,
-                                const int32_t splits, Accumulator<T>* partials) {
+    conv_backward_weight_kernel(const Correlation c, const int64_t num_pixels, const int32_t splits,
+                                Accumulator<T>* partials) {
   using A = Accumulator<T>;
   WeightTiles<A>& tiles = *shared_memory<WeightTiles<A>>();
   const int32_t taps = c.taps[0] * c.taps[1] * c.taps[2], columns = c.depth * taps;

@@ -1,11 +1,12 @@
 // Correlation (the forward pass and the gradient of the input, see correlation.h) as an implicit
-// matrix product: no tensor of patches is made, a tile of it is gathered into shared memory at every
-// step.
+// matrix product: no tensor of patches is made, a tile of it is gathered into shared memory at
+// every step.
 //
-// Grid: one block per kTileRows destination channels of one group by kTilePixels destination pixels,
-// rows fastest, in one axis. 256 threads, each with 4 x 4 sums in registers. The lanes of a warp run
-// along what lies side by side in memory: pixels of contiguous tensors, channels of channels-last
-// ones. While a step's products are summed, the next step's elements are on their way.
+// Grid: one block per kTileRows destination channels of one group by kTilePixels destination
+// pixels, rows fastest, in one axis. 256 threads, each with 4 x 4 sums in registers. The lanes of a
+// warp run along what lies side by side in memory: pixels of contiguous tensors, channels of
+// channels-last ones. While a step's products are summed, the next step's elements are on their
+// way.
 #pragma once
 
 #include "conv/conv_activation.cuh"
@@ -42,8 +43,7 @@ struct CorrelateLoader {
   }
   static __device__ __forceinline__ int source_step(int i) {
     if (kVector) return threadIdx.x % 4 * 4 + i % 4;
-    return kChannelsLast ? threadIdx.x % kStepDepth
-                         : threadIdx.x / 64 % 4 + i % 4 * 4;
+    return kChannelsLast ? threadIdx.x % kStepDepth : threadIdx.x / 64 % 4 + i % 4 * 4;
   }
   static __device__ __forceinline__ int source_pixel(int i) {
     if (kVector) return threadIdx.x / 4 + i / 4 * 64;

@@ -35,16 +35,14 @@ Status conv_backward_input_cpu(const ConvBackwardInputParams& params) {
 }
 
 Status conv_backward_weight_cpu(const ConvBackwardWeightParams& params) {
-  visit_dtype(params.dtype, [&](auto type) {
-    FUSED_ISA_DISPATCH(backward_weight<decltype(type)>, params);
-  });
+  visit_dtype(params.dtype,
+              [&](auto type) { FUSED_ISA_DISPATCH(backward_weight<decltype(type)>, params); });
   return nullptr;
 }
 
 Status conv_activation_backward_cpu(const ConvActivationBackwardParams& params) {
-  visit_dtype(params.dtype, [&](auto type) {
-    FUSED_ISA_DISPATCH(activation_backward<decltype(type)>, params);
-  });
+  visit_dtype(params.dtype,
+              [&](auto type) { FUSED_ISA_DISPATCH(activation_backward<decltype(type)>, params); });
   return nullptr;
 }
 

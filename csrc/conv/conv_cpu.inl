@@ -1,4 +1,5 @@
 // The CPU kernels of one instruction set; see each file's head.
+// clang-format off: each needs those above it
 #include "conv/conv_cpu_activation.inl"
 #include "conv/conv_cpu_tile.inl"
 #include "conv/conv_cpu_activation_backward.inl"
@@ -7,6 +8,7 @@
 #include "conv/conv_cpu_depthwise.inl"
 #include "conv/conv_cpu_backward_weight_depthwise.inl"
 #include "conv/conv_cpu_backward_weight.inl"
+// clang-format on
 
 // Channels in vectors where they lie side by side and fill a vector, else pixels.
 template <typename T>

@@ -75,8 +75,7 @@ static inline void activate_backward(Activation activation, A* grad, const A* sa
         return s * (A(1) + v * (A(1) - s));
       });
     case Activation::kLeakyRelu:
-      return scale_row(grad, saved, count,
-                       [](A v) { return v > A(0) ? A(1) : A(kLeakySlope); });
+      return scale_row(grad, saved, count, [](A v) { return v > A(0) ? A(1) : A(kLeakySlope); });
     case Activation::kSigmoid:
       return scale_row(grad, saved, count, [](A v) { return v * (A(1) - v); });
     case Activation::kTanh:

@@ -1,4 +1,5 @@
-// The gradient through the activation, one pass over memory, before the convolution's own gradients.
+// The gradient through the activation, one pass over memory, before the convolution's own
+// gradients.
 
 // One row of the innermost axis at a time, whatever the strides are.
 template <typename T>
@@ -25,8 +26,7 @@ static void activation_backward(const ConvActivationBackwardParams& p) {
       if (!by_channel) channel = index % other, index /= other;
       n = index;
       const auto offset = [&](const ConvStrides& s) {
-        return n * s.outer + channel * s.channel + z * s.space[0] + y * s.space[1] +
-               x * s.space[2];
+        return n * s.outer + channel * s.channel + z * s.space[0] + y * s.space[1] + x * s.space[2];
       };
       const T* from = static_cast<const T*>(p.grad_output) + offset(p.grad_output_stride);
       const T* kept = static_cast<const T*>(p.saved) + offset(p.saved_stride);

@@ -12,9 +12,9 @@ struct BackwardWeight {
   const ConvBackwardWeightParams& p;
   Correlation c;  // source = input, dest = grad_output
   GatherPlan plan;
-  int64_t rows;             // (channel, tap) of a block of input channels; one more for the bias
-  int64_t blocks, shares;   // of input channels, of pixels
-  int64_t ld;               // output channels of a group in whole vectors
+  int64_t rows;            // (channel, tap) of a block of input channels; one more for the bias
+  int64_t blocks, shares;  // of input channels, of pixels
+  int64_t ld;              // output channels of a group in whole vectors
 
   int64_t channels(int64_t block) const {
     return p.maybe_grad_weight == nullptr ? 0 : std::min(plan.chunk, c.depth - block * plan.chunk);
@@ -55,7 +55,8 @@ struct BackwardWeight {
                         Listed{plan.offsets.data()}, Listed{source.data()}, packed, Spaced{ld},
                         sums, ld, true);
       }
-      if (block == 0 && p.maybe_grad_bias != nullptr) add_bias(num_pixels, packed, sums + rows * ld);
+      if (block == 0 && p.maybe_grad_bias != nullptr)
+        add_bias(num_pixels, packed, sums + rows * ld);
     }
   }
 
@@ -114,15 +115,18 @@ inline Correlation backward_weight_correlation(const ConvBackwardWeightParams& p
 template <typename T>
 static void backward_weight(const ConvBackwardWeightParams& p) {
   using A = Accumulator<T>;
-  if (is_depthwise(p.geometry)) return backward_weight_depthwise<T>(p, backward_weight_correlation(p));
+  if (is_depthwise(p.geometry))
+    return backward_weight_depthwise<T>(p, backward_weight_correlation(p));
   const Correlation c = backward_weight_correlation(p);
   const int64_t ld = padded<A>(c.rows);
   const int64_t max_chunk = std::max<int64_t>(1, 2 * kTileElements / (ld * num_taps(c)));
   BackwardWeight<T> work{p, c, GatherPlan::make(c, 256, std::is_same_v<T, A>, max_chunk)};
   work.ld = ld;
   const GatherPlan& plan = work.plan;
-  work.blocks = p.maybe_grad_weight == nullptr ? 1 : std::max<int64_t>(1, ceil_div(c.depth, plan.chunk));
-  work.rows = p.maybe_grad_weight == nullptr ? 0 : std::min<int64_t>(plan.chunk, c.depth) * num_taps(c);
+  work.blocks =
+      p.maybe_grad_weight == nullptr ? 1 : std::max<int64_t>(1, ceil_div(c.depth, plan.chunk));
+  work.rows =
+      p.maybe_grad_weight == nullptr ? 0 : std::min<int64_t>(plan.chunk, c.depth) * num_taps(c);
   const int64_t items = c.groups * work.blocks;
   work.shares = std::max<int64_t>(1, std::min(16 / items, plan.units.size() / 4));
 
@@ -134,8 +138,8 @@ static void backward_weight(const ConvBackwardWeightParams& p) {
     const Scratch<A> tile(plan.tile_size), packed(pixels * ld);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t item = i % items;
-      work.accumulate(item / work.blocks, item % work.blocks, i / items, tile.data(),
-                      packed.data(), partials.data() + i * partial);
+      work.accumulate(item / work.blocks, item % work.blocks, i / items, tile.data(), packed.data(),
+                      partials.data() + i * partial);
     }
   });
   parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {

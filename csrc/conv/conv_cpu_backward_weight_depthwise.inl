@@ -42,7 +42,8 @@ static void depthwise_row_by_channel(const ConvBackwardWeightParams& p, const Co
         const int64_t at = c.start[2] + c.tap_step[2] * u;
         const int64_t begin = at >= 0 ? 0 : ceil_div(-at, c.step[2]);
         const int64_t inside = c.source_size[2] - at;
-        const int64_t end = inside <= 0 ? 0 : std::min<int64_t>(c.count[2], ceil_div(inside, c.step[2]));
+        const int64_t end =
+            inside <= 0 ? 0 : std::min<int64_t>(c.count[2], ceil_div(inside, c.step[2]));
         Vector sum{};
         for (int64_t x = begin; x < end; ++x) {
           sum += load_vector(grad + x * step, channels) *
@@ -82,7 +83,8 @@ static void depthwise_row_by_pixel(const ConvBackwardWeightParams& p, const Corr
            c.dest_stride.space[2], 0, 1, int64_t{c.count[2]});
   const T* image = static_cast<const T*>(c.source) + row.n * c.source_stride.outer +
                    k / c.rows * c.source_stride.channel;
-  const int64_t length = int64_t{c.step[2]} * (c.count[2] - 1) + int64_t{c.tap_step[2]} * (c.taps[2] - 1) + 1;
+  const int64_t length =
+      int64_t{c.step[2]} * (c.count[2] - 1) + int64_t{c.tap_step[2]} * (c.taps[2] - 1) + 1;
   for (int64_t w = 0; w < c.taps[0]; ++w) {
     for (int64_t v = 0; v < c.taps[1]; ++v) {
       const int64_t z = c.start[0] + c.step[0] * row.z + c.tap_step[0] * w;

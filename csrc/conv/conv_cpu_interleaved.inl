@@ -13,9 +13,8 @@ static void finish_interleaved(const Correlation& c, int64_t group, int64_t firs
   const int64_t channel = (group * c.rows + first) * stride;
   for (const int64_t pixel : dest) {
     for (int64_t i = 0; i < count; ++i) sums[i] += bias[i];
-    finish_row<T>(c, sums, count, [&](const auto& visit) {
-      visit(0, count, pixel + channel, stride);
-    });
+    finish_row<T>(c, sums, count,
+                  [&](const auto& visit) { visit(0, count, pixel + channel, stride); });
     sums += ld;
   }
 }

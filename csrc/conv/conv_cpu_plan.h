@@ -99,16 +99,14 @@ inline bool reads_inside(const Correlation& c) {
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t reach = int64_t{c.tap_step[axis]} * (c.taps[axis] - 1);
     const int64_t lowest = c.start[axis] + std::min<int64_t>(0, reach);
-    const int64_t highest = c.start[axis] + std::max<int64_t>(0, reach) +
-                            int64_t{c.step[axis]} * (c.count[axis] - 1);
+    const int64_t highest =
+        c.start[axis] + std::max<int64_t>(0, reach) + int64_t{c.step[axis]} * (c.count[axis] - 1);
     if (lowest < 0 || highest >= c.source_size[axis]) return false;
   }
   return true;
 }
 
-inline int64_t num_taps(const Correlation& c) {
-  return int64_t{c.taps[0]} * c.taps[1] * c.taps[2];
-}
+inline int64_t num_taps(const Correlation& c) { return int64_t{c.taps[0]} * c.taps[1] * c.taps[2]; }
 
 // One past the highest element that the correlation's source has.
 inline int64_t source_end(const Correlation& c) {
@@ -129,10 +127,10 @@ constexpr int64_t kTileElements = 48 * 1024;
 
 struct GatherPlan {
   UnitGrid units;
-  bool direct;                   // the source is read where it is
-  bool by_channel;               // the tile's fastest axis: channel or x, as in the source
-  int64_t chunk;                 // channels in a tile
-  int64_t lowest[3], size[3];    // of the tile: first position from the unit's, extent
+  bool direct;                       // the source is read where it is
+  bool by_channel;                   // the tile's fastest axis: channel or x, as in the source
+  int64_t chunk;                     // channels in a tile
+  int64_t lowest[3], size[3];        // of the tile: first position from the unit's, extent
   int64_t image, space[3], channel;  // strides of the tile, or of the source
   int64_t tile_size;
   std::vector<int64_t> offsets;  // [channel][tap] from where a pixel begins
@@ -191,8 +189,8 @@ struct GatherPlan {
       for (int64_t y = 0; y < unit.rows; ++y) {
         for (int64_t x = 0; x < unit.columns; ++x) {
           source.push_back(i * image + y * c.step[1] * space[1] + x * c.step[2] * space[2]);
-          dest.push_back((unit.image + i) * c.dest_stride.outer +
-                         unit.z * c.dest_stride.space[0] + (unit.y + y) * c.dest_stride.space[1] +
+          dest.push_back((unit.image + i) * c.dest_stride.outer + unit.z * c.dest_stride.space[0] +
+                         (unit.y + y) * c.dest_stride.space[1] +
                          (unit.x + x) * c.dest_stride.space[2]);
         }
       }

@@ -11,7 +11,7 @@
 struct PlanarPlan {
   UnitGrid units;
   TapAxis y, x;
-  int64_t tile_rows, pitch, plane;   // plane: elements of one slot of one channel
+  int64_t tile_rows, pitch, plane;    // plane: elements of one slot of one channel
   int64_t planes, chunk, num_chunks;  // planes of a channel; channels in a tile
   int64_t flat, padded_flat;          // flat indices of a unit
   std::vector<int64_t> offsets;       // [chunk][tap] of the packed tile
@@ -100,11 +100,10 @@ template <typename T>
 static const T* direct_tile(const Correlation& c, const PlanarPlan& plan, const Unit& unit,
                             int64_t group) {
   if (plan.direct.empty()) return nullptr;
-  const int64_t first = unit.image * c.source_stride.outer +
-                        group * c.depth * c.source_stride.channel +
-                        (c.start[0] + c.step[0] * unit.z) * c.source_stride.space[0] +
-                        (plan.y.first[0] + unit.y) * c.source_stride.space[1] +
-                        plan.x.first[0] + unit.x;
+  const int64_t first =
+      unit.image * c.source_stride.outer + group * c.depth * c.source_stride.channel +
+      (c.start[0] + c.step[0] * unit.z) * c.source_stride.space[0] +
+      (plan.y.first[0] + unit.y) * c.source_stride.space[1] + plan.x.first[0] + unit.x;
   const int64_t highest = *std::max_element(plan.direct.begin(), plan.direct.end());
   if (first + highest + plan.padded_flat > source_end(c)) return nullptr;
   return static_cast<const T*>(c.source) + first;
@@ -198,8 +197,8 @@ static void correlate_planar(const Correlation& c) {
         for (int64_t p = first; p < last; ++p) {
           A* block = sums.data() + (one_chunk ? 0 : (p - first) * width * plan.padded_flat);
           planar_product<A>(rows_of(p), channels * num_taps(c), plan,
-                            panel + ((p - first) * k + d * num_taps(c)) * width, width,
-                            tile.data(), plan.offsets.data(), block, d > 0);
+                            panel + ((p - first) * k + d * num_taps(c)) * width, width, tile.data(),
+                            plan.offsets.data(), block, d > 0);
           if (d + plan.chunk < c.depth) continue;
           finish_planar<T>(c, plan, unit, group, p * width, rows_of(p), block);
         }

@@ -141,8 +141,8 @@ template <typename T>
 static const Accumulator<T>* gather_source(const Correlation& c, const GatherPlan& plan,
                                            const Unit& unit, int64_t group, int64_t first_channel,
                                            int64_t channels, Accumulator<T>* tile) {
-  const T* source = static_cast<const T*>(c.source) +
-                    (group * c.depth + first_channel) * c.source_stride.channel;
+  const T* source =
+      static_cast<const T*>(c.source) + (group * c.depth + first_channel) * c.source_stride.channel;
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
     if (plan.direct) {
       const int64_t at[3] = {unit.z, unit.y, unit.x};

@@ -91,9 +91,8 @@ Status conv_backward_input_cuda(const ConvBackwardInputParams& params, Stream st
 }
 
 Status conv_activation_backward_cuda(const ConvActivationBackwardParams& params, Stream stream) {
-  return visit_dtype(params.dtype, [&](auto type) {
-    return activation_backward<decltype(type)>(params, stream);
-  });
+  return visit_dtype(
+      params.dtype, [&](auto type) { return activation_backward<decltype(type)>(params, stream); });
 }
 
 }  // namespace fused

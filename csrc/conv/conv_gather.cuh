@@ -1,6 +1,7 @@
 // How the CUDA kernels address a convolution: a pixel and a (channel, tap) are decoded once, by one
-// thread, into an offset and a position along each axis; an element is where the two offsets add up,
-// and it is inside where the two positions do. The tiles of these entries live in shared memory.
+// thread, into an offset and a position along each axis; an element is where the two offsets add
+// up, and it is inside where the two positions do. The tiles of these entries live in shared
+// memory.
 #pragma once
 
 #include "common/dtype.h"

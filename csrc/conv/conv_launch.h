@@ -26,7 +26,8 @@ Status launch_flat(void (*kernel)(Params...), int64_t blocks, size_t shared_byte
 // Products of one sum, which the kernels count in 32 bits.
 inline Status check_products(const Correlation& c) {
   const int64_t products = int64_t{c.depth} * c.taps[0] * c.taps[1] * c.taps[2];
-  return products > kMaxBlocks - kConvThreads ? "a weight's row has 2^31 elements or more" : nullptr;
+  return products > kMaxBlocks - kConvThreads ? "a weight's row has 2^31 elements or more"
+                                              : nullptr;
 }
 
 }  // namespace fused

@@ -12,9 +12,9 @@
 
 namespace fused {
 
-// input [N, C, space], weight [K, C / G, kernel], bias [K]; `padding` has what goes before each axis,
-// then what goes after each. Returns the output [N, K, out space], channels-last where input or
-// weight is, and what the activation was applied to if save_pre, else an empty tensor.
+// input [N, C, space], weight [K, C / G, kernel], bias [K]; `padding` has what goes before each
+// axis, then what goes after each. Returns the output [N, K, out space], channels-last where input
+// or weight is, and what the activation was applied to if save_pre, else an empty tensor.
 FUSED_API std::tuple<at::Tensor, at::Tensor> conv_forward(
     const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups,

@@ -7,8 +7,8 @@
 // Forward: dest = output, j = o, u = t, start = -p, step = s, tap_step = d.
 //
 // Gradient of the input: dest = grad_input, source = grad_output, and i = o s - p + t d. Input
-// positions with i + p = s q + e are one correlation for each residue e = 0 .. s - 1: there t d has to
-// leave the residue e too, t d = s v + e, and then o = q - v. The taps that do are evenly spaced
+// positions with i + p = s q + e are one correlation for each residue e = 0 .. s - 1: there t d has
+// to leave the residue e too, t d = s v + e, and then o = q - v. The taps that do are evenly spaced
 // (t = t0 + u s / gcd(s, d)), and so are the positions, so that start, step and tap_step are again
 // all it takes, with step = 1, and no tap is visited in vain. Along each axis of space alike.
 #pragma once
@@ -139,9 +139,8 @@ Status for_each_backward_input_correlation(const ConvBackwardInputParams& p, con
   // Tap t is the first of its residue if t < tap_spacing: these taps number the residues.
   int32_t first[3] = {0, 0, 0};
   const auto residue = [&](int axis) {
-    return residue_axis(g, axis,
-                        static_cast<int32_t>(int64_t{first[axis]} * g.dilation[axis] %
-                                             g.stride[axis]));
+    return residue_axis(
+        g, axis, static_cast<int32_t>(int64_t{first[axis]} * g.dilation[axis] % g.stride[axis]));
   };
   const auto last = [&](int axis) {
     first[axis] = 0;

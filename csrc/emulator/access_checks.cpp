@@ -36,10 +36,11 @@ extern "C" {
 __attribute__((visibility("hidden"))) void __ubsan_handle_type_mismatch_v1(Mismatch* data,
                                                                            uintptr_t address) {
   if (!fused::emulator::current_block) return;
-  fused::emulator::fail("misaligned access at %s:%u: %s at address %#lx, which must be a multiple of "
-                        "%d",
-                        data->location.file, data->location.line, data->type->name,
-                        static_cast<unsigned long>(address), 1 << data->log_alignment);
+  fused::emulator::fail(
+      "misaligned access at %s:%u: %s at address %#lx, which must be a multiple of "
+      "%d",
+      data->location.file, data->location.line, data->type->name,
+      static_cast<unsigned long>(address), 1 << data->log_alignment);
 }
 
 __attribute__((visibility("hidden"))) void __ubsan_handle_out_of_bounds(OutOfBounds* data,

@@ -106,8 +106,8 @@ void BlockRunner::fill_shared_memory() {
 #endif
   shared_storage_.resize(kSharedAlignment + bytes + kGuardBytes);
   const auto address = reinterpret_cast<uintptr_t>(shared_storage_.data());
-  view_.shared = shared_storage_.data() + (kSharedAlignment - address % kSharedAlignment) %
-                                              kSharedAlignment;
+  view_.shared =
+      shared_storage_.data() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
   std::memset(view_.shared, kUndefined, bytes);
   std::memset(view_.shared + bytes, kGuard, kGuardBytes);
 #ifdef __SANITIZE_ADDRESS__
@@ -223,8 +223,8 @@ void BlockRunner::collective(const char* name, unsigned mask, void* record, Comb
   self.record = record;
   self.combine = combine;
   if (!(mask >> lane & 1)) {
-    fail("%s at %s: mask %08x does not name the calling lane %u", name, text_of(site).chars,
-         mask, lane);
+    fail("%s at %s: mask %08x does not name the calling lane %u", name, text_of(site).chars, mask,
+         lane);
   }
   if (mask & warp.exited) {
     fail("%s at %s: mask %08x names lane %d, which has exited or is not part of the block", name,
@@ -312,8 +312,8 @@ void BlockRunner::fail_in_deadlock() {
     const int first = int(waiting->rank) / kWarpSize * kWarpSize;
     for (int i = first; i < first + kWarpSize && !elsewhere; ++i) {
       const bool named = waiting->mask >> (i - first) & 1;
-      if (named && (threads_[i].state != State::kAtCollective ||
-                    threads_[i].mask != waiting->mask)) {
+      if (named &&
+          (threads_[i].state != State::kAtCollective || threads_[i].mask != waiting->mask)) {
         elsewhere = &threads_[i];
       }
     }

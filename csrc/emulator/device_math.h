@@ -1,7 +1,7 @@
 // Atomics, loads with a cache hint and intrinsics of the CUDA language.
 //
-// The fast intrinsics (__expf, ...) are computed exactly rounded or nearly so: on a GPU they are off
-// by a few units in the last place more.
+// The fast intrinsics (__expf, ...) are computed exactly rounded or nearly so: on a GPU they are
+// off by a few units in the last place more.
 #pragma once
 
 #include <cmath>
@@ -73,8 +73,8 @@ T atomicAnd(T* address, fused::emulator::Same<T> value) {
   return fused::emulator::atomic_update(address, [=](T old) { return T(old & value); });
 }
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
-  return fused::emulator::atomic_update(
-      address, [=](unsigned old) { return old >= limit ? 0u : old + 1; });
+  return fused::emulator::atomic_update(address,
+                                        [=](unsigned old) { return old >= limit ? 0u : old + 1; });
 }
 
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }

@@ -106,7 +106,8 @@ fused_emulator_switch_stack:
 
 Stacks::Stacks(int capacity) : capacity_(capacity) {
   size_ = static_cast<size_t>(capacity) * slot_bytes();
-  void* mapping = mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* mapping =
+      mmap(nullptr, size_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) throw std::bad_alloc();
   begin_ = reinterpret_cast<uintptr_t>(mapping);
 }
@@ -137,7 +138,8 @@ unsigned char* Stacks::bottom(int stack) const {
 }
 
 unsigned char* Stacks::top(int stack) const {
-  return bottom(stack) + kStackBytes + page_bytes() - static_cast<size_t>(stack) % kPlaces * kStagger;
+  return bottom(stack) + kStackBytes + page_bytes() -
+         static_cast<size_t>(stack) % kPlaces * kStagger;
 }
 
 // ---- Context ----

@@ -56,14 +56,13 @@ std::string refusal(const Launch& launch, const Settings& settings) {
   const dim3 grid = launch.grid, block = launch.block;
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads < 1 || threads > kMaxThreads || block.x > 1024 || block.y > 1024 || block.z > 64) {
-    return "a block must have 1 to 1024 threads, at most 64 in z, got (" +
-           std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
-           std::to_string(block.z) + ")";
+    return "a block must have 1 to 1024 threads, at most 64 in z, got (" + std::to_string(block.x) +
+           ", " + std::to_string(block.y) + ", " + std::to_string(block.z) + ")";
   }
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) {
     return "a grid must have at most (2147483647, 65535, 65535) blocks, got (" +
-           std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " +
-           std::to_string(grid.z) + ")";
+           std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
+           ")";
   }
   if (launch.shared_bytes > settings.shared_limit) {
     return "a block may have " + std::to_string(settings.shared_limit) +
@@ -101,9 +100,12 @@ class Grid {
  private:
   uint64_t rank_at(uint64_t turn) const {
     switch (settings_.order) {
-      case Order::kForward: return turn;
-      case Order::kReverse: return num_blocks_ - 1 - turn;
-      case Order::kRandom: return shuffled_[turn];
+      case Order::kForward:
+        return turn;
+      case Order::kReverse:
+        return num_blocks_ - 1 - turn;
+      case Order::kRandom:
+        return shuffled_[turn];
     }
     __builtin_unreachable();
   }
@@ -137,7 +139,8 @@ uint64_t num_workers(const Launch& launch, const Settings& settings) {
   if (kDetectRaces) return 1;
   const uint64_t blocks = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   const uint64_t threads = blocks * launch.block.x * launch.block.y * launch.block.z;
-  return std::min({uint64_t(settings.num_os_threads), blocks, 1 + threads / kThreadsWorthAnOsThread});
+  return std::min(
+      {uint64_t(settings.num_os_threads), blocks, 1 + threads / kThreadsWorthAnOsThread});
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ struct TensorFloat {
   static float element(uint32_t bits, int) { return detail::bit_cast<float>(bits & 0xffffe000u); }
 };
 
-// Products are exact and summed in double: the hardware's own order and rounding are not documented.
+// Products are exact and summed in double: the hardware's own order and rounding are not
+// documented.
 template <class Element>
 const char* combine_mma(void* const* records, unsigned mask) {
   if (mask != ~0u) return "must name all lanes";
@@ -156,8 +157,8 @@ void stmatrix(void* row, const uint32_t (&fragment)[4], Site site = here()) {
 
 // ---- asynchronous copies ----
 
-// The destination is NaN from the start of the copy until the thread waits for it, and the source is
-// read at that moment: both are the worst that a GPU may do.
+// The destination is NaN from the start of the copy until the thread waits for it, and the source
+// is read at that moment: both are the worst that a GPU may do.
 struct alignas(16) CopiedBytes {
   unsigned char bytes[16];
 };

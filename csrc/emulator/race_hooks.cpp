@@ -80,8 +80,8 @@ uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* p, uint32_t value, int ord
   race_write(const_cast<const uint32_t*>(p), 4, true, FUSED_CALLER);
   return __atomic_fetch_add(p, value, order);
 }
-int __tsan_atomic32_compare_exchange_strong(volatile uint32_t* p, uint32_t* expected, uint32_t value,
-                                              int success, int failure) {
+int __tsan_atomic32_compare_exchange_strong(volatile uint32_t* p, uint32_t* expected,
+                                            uint32_t value, int success, int failure) {
   race_write(const_cast<const uint32_t*>(p), 4, true, FUSED_CALLER);
   return __atomic_compare_exchange_n(p, expected, value, false, success, failure);
 }
@@ -98,8 +98,8 @@ uint64_t __tsan_atomic64_fetch_add(volatile uint64_t* p, uint64_t value, int ord
   race_write(const_cast<const uint64_t*>(p), 8, true, FUSED_CALLER);
   return __atomic_fetch_add(p, value, order);
 }
-int __tsan_atomic64_compare_exchange_strong(volatile uint64_t* p, uint64_t* expected, uint64_t value,
-                                              int success, int failure) {
+int __tsan_atomic64_compare_exchange_strong(volatile uint64_t* p, uint64_t* expected,
+                                            uint64_t value, int success, int failure) {
   race_write(const_cast<const uint64_t*>(p), 8, true, FUSED_CALLER);
   return __atomic_compare_exchange_n(p, expected, value, false, success, failure);
 }

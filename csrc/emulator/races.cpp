@@ -2,7 +2,8 @@
 //   - threads of one block, by __syncthreads;
 //   - lanes of one warp, by __syncwarp over both: shuffles, votes and matrix products do not order
 //     memory;
-//   - two blocks of one launch, by nothing (the pattern "last block done" would need the fences that
+//   - two blocks of one launch, by nothing (the pattern "last block done" would need the fences
+//   that
 //     it uses to be modelled: no kernel here has it);
 //   - atomics do not conflict with each other.
 // Launches are ordered by their stream.
@@ -192,7 +193,8 @@ void describe(const void* where, char* text, size_t size) {
     return;
   }
   // The hook returns behind the access.
-  const auto offset = static_cast<const char*>(where) - static_cast<const char*>(info.dli_fbase) - 1;
+  const auto offset =
+      static_cast<const char*>(where) - static_cast<const char*>(info.dli_fbase) - 1;
   std::snprintf(text, size, "%s+%#lx", info.dli_fname, static_cast<unsigned long>(offset));
   char command[1024];
   std::snprintf(command, sizeof command, "addr2line -s -e '%s' %#lx 2>/dev/null", info.dli_fname,
@@ -220,12 +222,13 @@ void Races::report(uintptr_t address, const Access& before, Kind kind_before, co
     std::snprintf(memory, sizeof memory, "address %#zx", size_t(address));
   }
   const uint64_t block = before.block;
-  fail("race: %s %s at %s, which thread (%u, %u, %u) of block (%u, %u, %u) %s at %s with no "
-       "barrier between",
-       kind == Kind::kWrite ? "writes" : "reads", memory, here, before.thread % dim.x,
-       before.thread / dim.x % dim.y, before.thread / dim.x / dim.y, unsigned(block % grid.x),
-       unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y),
-       kind_before == Kind::kWrite ? "wrote" : "read", there);
+  fail(
+      "race: %s %s at %s, which thread (%u, %u, %u) of block (%u, %u, %u) %s at %s with no "
+      "barrier between",
+      kind == Kind::kWrite ? "writes" : "reads", memory, here, before.thread % dim.x,
+      before.thread / dim.x % dim.y, before.thread / dim.x / dim.y, unsigned(block % grid.x),
+      unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y),
+      kind_before == Kind::kWrite ? "wrote" : "read", there);
 }
 
 Races& races() {

@@ -100,8 +100,8 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
     std::apply(reinterpret_cast<void (*)(P...)>(const_cast<void*>(launch.kernel)),
                *static_cast<const Values*>(launch.values));
   };
-  return run({reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block,
-              shared_bytes});
+  return run(
+      {reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block, shared_bytes});
 }
 
 // Bytes of dynamic shared memory that a block may have.

@@ -20,10 +20,12 @@
 #define __noinline__ __attribute__((noinline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
+// clang-format off: each needs those above it
 #include "emulator/vector_types.h"
 #include "emulator/runtime.h"
 #include "emulator/warp.h"
 #include "emulator/device_math.h"
+// clang-format on
 
 #define threadIdx (::fused::emulator::current_thread->index)
 #define blockIdx (::fused::emulator::current_block->index)

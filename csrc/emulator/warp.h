@@ -139,9 +139,8 @@ template <class T>
 unsigned __match_any_sync(unsigned mask, T value, FUSED_SITE) {
   const auto combine = [](const auto& value_of, int lane, unsigned mask) {
     unsigned equal = 0;
-    fused::emulator::for_each_lane(mask, [&](int other) {
-      equal |= unsigned(value_of(other) == value_of(lane)) << other;
-    });
+    fused::emulator::for_each_lane(
+        mask, [&](int other) { equal |= unsigned(value_of(other) == value_of(lane)) << other; });
     return equal;
   };
   return fused::emulator::collect("__match_any_sync", mask, value, combine, site);

@@ -1,12 +1,12 @@
-// Glue of the LSTM cell: two library products, one kernel; backward one kernel, up to four products.
-#include "lstm/lstm_ops.h"
-
+// Glue of the LSTM cell: two library products, one kernel; backward one kernel, up to four
+// products.
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
 #include "lstm/lstm_glue.h"
+#include "lstm/lstm_ops.h"
 
 namespace fused {
 
@@ -54,8 +54,8 @@ lstm_cell_backward(const std::optional<at::Tensor>& grad_h_next,
   check_same_batch(op, input, h);
   check_like_input(op, "c_next", c_next, input, c.sizes());
   check_like_input(op, "gates", gates, input, {c.size(0), 4 * c.size(1)});
-  for (const auto& [name, grad] : {std::pair("grad_h_next", &grad_h_next),
-                                   std::pair("grad_c_next", &grad_c_next)}) {
+  for (const auto& [name, grad] :
+       {std::pair("grad_h_next", &grad_h_next), std::pair("grad_c_next", &grad_c_next)}) {
     if (has(*grad)) check_like_input(op, name, **grad, input, c.sizes());
   }
   const PlainProducts plain_products;

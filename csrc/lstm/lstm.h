@@ -1,7 +1,7 @@
 // What the LSTM kernels read and write, and what launches them.
 //
-// The kernels hold the pointwise part of a step: the four gates, the cell and the hidden update. The
-// matrix products around them are the library's (lstm.cpp, lstm_layer.cpp).
+// The kernels hold the pointwise part of a step: the four gates, the cell and the hidden update.
+// The matrix products around them are the library's (lstm.cpp, lstm_layer.cpp).
 //
 //   i, f, o = sigmoid(gates), g = tanh(gates)     gates = x W_ih' + h W_hh' + b_ih + b_hh
 //   c_next  = f c + i g
@@ -34,7 +34,8 @@ struct LstmCellForwardParams {
 };
 static_assert(std::is_trivially_copyable_v<LstmCellForwardParams>);
 
-// With dh and dc the gradients of h_next and c_next, the latter already including dh o tanh'(c_next):
+// With dh and dc the gradients of h_next and c_next, the latter already including dh o
+// tanh'(c_next):
 //   grad_gates  = (dc g i', dc c_prev f', dc i g', dh tanh(c_next) o')
 //   grad_c_prev = dc f
 struct LstmCellBackwardParams {

@@ -14,7 +14,8 @@ struct alignas(sizeof(T) * N) HiddenPack {
 
 template <typename T, int N>
 __device__ __forceinline__ void load_hidden(const void* base, int64_t index, Accumulator<T>* out) {
-  const HiddenPack<T, N> pack = *reinterpret_cast<const HiddenPack<T, N>*>(static_cast<const T*>(base) + index);
+  const HiddenPack<T, N> pack =
+      *reinterpret_cast<const HiddenPack<T, N>*>(static_cast<const T*>(base) + index);
 #pragma unroll
   for (int n = 0; n < N; ++n) out[n] = load(pack.element[n]);
 }
@@ -22,7 +23,7 @@ __device__ __forceinline__ void load_hidden(const void* base, int64_t index, Acc
 // A null base reads zeros.
 template <typename T, int N>
 __device__ __forceinline__ void load_hidden_or_zero(const void* maybe_base, int64_t index,
-                                                  Accumulator<T>* out) {
+                                                    Accumulator<T>* out) {
   if (maybe_base != nullptr) {
     load_hidden<T, N>(maybe_base, index, out);
   } else {

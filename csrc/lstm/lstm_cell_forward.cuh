@@ -1,9 +1,9 @@
 // LSTM cell forward, pointwise: bias, activations, cell and hidden update in one pass. The formulas
 // and buffers are in lstm.h.
 //
-// One thread owns N neighbouring hidden elements of one row: it reads their 4 N gates as four packs,
-// H apart, and nothing that another thread writes, so that gates and cell can be updated in place.
-// A one-dimensional grid covers rows * (H / N) threads.
+// One thread owns N neighbouring hidden elements of one row: it reads their 4 N gates as four
+// packs, H apart, and nothing that another thread writes, so that gates and cell can be updated in
+// place. A one-dimensional grid covers rows * (H / N) threads.
 #pragma once
 
 #include "lstm/lstm_cell.cuh"

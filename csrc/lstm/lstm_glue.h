@@ -42,11 +42,11 @@ inline void check_like_input(const char* op, const char* argument, const at::Ten
 }
 
 struct LstmWeights {
-  const at::Tensor& w_ih;                   // [4H, I]
-  const at::Tensor& w_hh;                   // [4H, P]
-  const std::optional<at::Tensor>& b_ih;    // [4H]
-  const std::optional<at::Tensor>& b_hh;    // [4H]
-  const std::optional<at::Tensor>& w_hr;    // [P, H]
+  const at::Tensor& w_ih;                 // [4H, I]
+  const at::Tensor& w_hh;                 // [4H, P]
+  const std::optional<at::Tensor>& b_ih;  // [4H]
+  const std::optional<at::Tensor>& b_hh;  // [4H]
+  const std::optional<at::Tensor>& w_hr;  // [P, H]
 };
 
 // Checks everything but the batch of h and c; `input` has its dimension checked by the caller.

@@ -42,8 +42,8 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
 
 // -> grad_input, grad_h0, grad_c0, grad_w_ih, grad_w_hh, grad_bias (of either bias), grad_w_hr.
 // `needs` says which are wanted; the others come back without elements.
-FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
-                     at::Tensor>
+FUSED_API
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 lstm_layer_backward(const std::optional<at::Tensor>& grad_output,
                     const std::optional<at::Tensor>& grad_h_n,
                     const std::optional<at::Tensor>& grad_c_n, const at::Tensor& input,

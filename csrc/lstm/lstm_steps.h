@@ -1,8 +1,8 @@
 // The order in which a layer goes through its rows.
 //
 // Rows lie step after step in buffers [N, .], as in a PackedSequence: step t owns rows
-// [begin, begin + rows), sequence b's row being begin + b. Batches shrink with t, so the sequences of
-// a shorter step are the first ones of a longer step.
+// [begin, begin + rows), sequence b's row being begin + b. Batches shrink with t, so the sequences
+// of a shorter step are the first ones of a longer step.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -43,9 +43,8 @@ inline std::vector<LstmStep> lstm_steps(const char* op, const at::Tensor& input,
   steps.reserve(rows.size());
   int64_t begin = 0, longest = batch;
   for (const int64_t n : rows) {
-    FUSED_CHECK_VALUE(0 <= n && n <= longest, op,
-                      ": batch_sizes must fall from h0's batch (", batch, "), got ", n, " after ",
-                      longest);
+    FUSED_CHECK_VALUE(0 <= n && n <= longest, op, ": batch_sizes must fall from h0's batch (",
+                      batch, "), got ", n, " after ", longest);
     steps.push_back({begin, n, 0, 0});
     begin += n;
     longest = n;

@@ -1,8 +1,8 @@
 // Adam and AdamW on the GPU: one pass over parameters, gradients and moments, in packs of 16 bytes.
 //
 // A block updates one chunk of one tensor (tensor_table.cuh); a thread holds one pack of each array
-// at a time. Step counts on the device are incremented by a launch of their own ahead of the update,
-// because many blocks read one count; counts on the host travel in the table.
+// at a time. Step counts on the device are incremented by a launch of their own ahead of the
+// update, because many blocks read one count; counts on the host travel in the table.
 #include "optim/optim_math.h"
 #include "optim/tensor_table.cuh"
 

@@ -18,8 +18,8 @@ namespace fused::optim_bindings {
 
 namespace py = pybind11;
 
-// Walks a group's parameters and their entries in the optimizer's state. State entries are mostly in
-// the parameters' order, so the next one is looked at before a hash is computed (in Python, for
+// Walks a group's parameters and their entries in the optimizer's state. State entries are mostly
+// in the parameters' order, so the next one is looked at before a hash is computed (in Python, for
 // tensors). Every object is looked at on every step: a tensor that was replaced is simply found.
 class StateWalker {
  public:
@@ -44,10 +44,9 @@ inline const char* refusal(const at::Tensor& tensor) {
   if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::python_ks)) return "subclass";
   if (tensor.layout() != at::kStrided) return "sparse";
   if (!tensor.is_floating_point()) return "complex";
-  if (tensor.unsafeGetTensorImpl()->key_set().has_any(
-          c10::DispatchKeySet({c10::DispatchKey::FuncTorchBatched,
-                               c10::DispatchKey::FuncTorchGradWrapper,
-                               c10::DispatchKey::Functionalize}))) {
+  if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::DispatchKeySet(
+          {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
+           c10::DispatchKey::Functionalize}))) {
     return "transform";
   }
   return nullptr;
@@ -163,8 +162,8 @@ inline Outcome adam_group(const py::list& params, const py::dict& state, const p
   return std::nullopt;
 }
 
-// "uninitialised" where a parameter has no momentum buffer yet: then the caller makes them, and says
-// by sgd_lists which are new.
+// "uninitialised" where a parameter has no momentum buffer yet: then the caller makes them, and
+// says by sgd_lists which are new.
 inline Outcome sgd_group(const py::list& params, const py::dict& state, const py::handle& lr,
                          double weight_decay, double momentum, double dampening, bool nesterov,
                          bool maximize, bool capturable,
@@ -187,9 +186,9 @@ inline Outcome sgd_group(const py::list& params, const py::dict& state, const py
     return refusal(buffers.back());
   };
   if (const char* reason = for_each_gradient(params, visit)) return reason;
-  const SgdOptions options{lr_number.value, weight_decay, momentum,         dampening,
-                           nesterov,        maximize,     /*first_step=*/false, capturable,
-                           lr_number.tensor, grad_scale,  found_inf};
+  const SgdOptions options{
+      lr_number.value,      weight_decay, momentum,         dampening,  nesterov, maximize,
+      /*first_step=*/false, capturable,   lr_number.tensor, grad_scale, found_inf};
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
   if (momentum != 0 && begun.size() < with_grad.size()) {
@@ -209,9 +208,9 @@ inline void sgd_lists(const Tensors& params, const Tensors& grads, const Tensors
                       const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf) {
   const Number lr_number(lr);
-  const SgdOptions options{lr_number.value, weight_decay, momentum,   dampening, nesterov,
-                           maximize,        first_step,   capturable, lr_number.tensor,
-                           grad_scale,      found_inf};
+  const SgdOptions options{lr_number.value,  weight_decay, momentum,   dampening,
+                           nesterov,         maximize,     first_step, capturable,
+                           lr_number.tensor, grad_scale,   found_inf};
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
   sgd_step(params, grads, momentum_buffers, options, /*check_only=*/false);
@@ -224,8 +223,8 @@ inline void bind(py::module_& module) {
              arg("decoupled_weight_decay"), arg("capturable"), arg("grad_scale"), arg("found_inf"),
              arg("check_only"));
   module.def("sgd_group", &sgd_group, arg("params"), arg("state"), arg("lr"), arg("weight_decay"),
-             arg("momentum"), arg("dampening"), arg("nesterov"), arg("maximize"),
-             arg("capturable"), arg("grad_scale"), arg("found_inf"), arg("check_only"));
+             arg("momentum"), arg("dampening"), arg("nesterov"), arg("maximize"), arg("capturable"),
+             arg("grad_scale"), arg("found_inf"), arg("check_only"));
   module.def("sgd_lists", &sgd_lists, arg("params"), arg("grads"), arg("momentum_buffers"),
              arg("lr"), arg("weight_decay"), arg("momentum"), arg("dampening"), arg("nesterov"),
              arg("maximize"), arg("first_step"), arg("capturable"), arg("grad_scale"),

@@ -37,13 +37,13 @@ FUSED_HOST_DEVICE double optim_sqrt(double x) { return sqrt(x); }
 template <typename A>
 struct AdamScales {
   A beta1, one_minus_beta1, beta2, one_minus_beta2;
-  A step_size;                // lr / (1 - beta1^t)
-  A bias_correction2_sqrt;    // sqrt(1 - beta2^t)
+  A step_size;              // lr / (1 - beta1^t)
+  A bias_correction2_sqrt;  // sqrt(1 - beta2^t)
   A eps;
-  A param_decay;              // multiplies the parameter: 1 - lr * weight_decay, or 1
-  A grad_decay;               // of the parameter, added to the gradient
+  A param_decay;  // multiplies the parameter: 1 - lr * weight_decay, or 1
+  A grad_decay;   // of the parameter, added to the gradient
   A grad_scale;
-  A grad_sign;                // -1 to maximize
+  A grad_sign;  // -1 to maximize
 };
 
 template <typename A>
@@ -60,7 +60,8 @@ FUSED_HOST_DEVICE AdamScales<A> adam_scales(const AdamParams& p, double step) {
   s.eps = static_cast<A>(p.eps);
   s.param_decay = static_cast<A>(p.decoupled_weight_decay ? 1.0 - lr * p.weight_decay : 1.0);
   s.grad_decay = static_cast<A>(p.decoupled_weight_decay ? 0.0 : p.weight_decay);
-  s.grad_scale = p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
+  s.grad_scale =
+      p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
   s.grad_sign = p.gradients.maximize ? A(-1) : A(1);
   return s;
 }
@@ -98,7 +99,8 @@ FUSED_HOST_DEVICE SgdScales<A> sgd_scales(const SgdParams& p) {
   s.weight_decay = static_cast<A>(p.weight_decay);
   s.momentum = static_cast<A>(p.momentum);
   s.one_minus_dampening = static_cast<A>(1.0 - p.dampening);
-  s.grad_scale = p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
+  s.grad_scale =
+      p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
   s.grad_sign = p.gradients.maximize ? A(-1) : A(1);
   s.nesterov = p.nesterov;
   s.first_step = p.first_step;

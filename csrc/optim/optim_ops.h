@@ -41,16 +41,13 @@ FUSED_API void sgd_step(at::TensorList params, at::TensorList grads,
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);
 
 // The same as torch.library binds them, with plain arguments.
-FUSED_API void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                       at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
-                       at::TensorList steps, double lr, double beta1, double beta2,
-                       double weight_decay, double eps, bool amsgrad, bool maximize,
-                       bool decoupled_weight_decay, bool capturable,
-                       const std::optional<at::Tensor>& tensor_lr,
-                       const std::optional<at::Tensor>& tensor_beta1,
-                       const std::optional<at::Tensor>& tensor_beta2,
-                       const std::optional<at::Tensor>& grad_scale,
-                       const std::optional<at::Tensor>& found_inf);
+FUSED_API void adam_op(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+    at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps, double lr,
+    double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
+    bool decoupled_weight_decay, bool capturable, const std::optional<at::Tensor>& tensor_lr,
+    const std::optional<at::Tensor>& tensor_beta1, const std::optional<at::Tensor>& tensor_beta2,
+    const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
 FUSED_API void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                       double lr, double weight_decay, double momentum, double dampening,
                       bool nesterov, bool maximize, bool first_step, bool capturable,

@@ -2,7 +2,8 @@
 // finds its chunk of one tensor in it. No device memory, no copy, nothing for the host to wait for.
 //
 // Grid (chunks of all tensors in the table): block b works on elements [begin, end) of one tensor.
-// A launch takes as many tensors as fit 4 KB of arguments, of any size; more tensors, more launches.
+// A launch takes as many tensors as fit 4 KB of arguments, of any size; more tensors, more
+// launches.
 #pragma once
 
 #include <algorithm>
@@ -46,7 +47,8 @@ struct Chunk {
 
 template <int kPointers>
 __device__ __forceinline__ Chunk find_chunk(const TensorTable<kPointers>& table, int64_t block) {
-  // The first tensor whose chunks end behind this block. Empty tensors have none, and are passed by.
+  // The first tensor whose chunks end behind this block. Empty tensors have none, and are passed
+  // by.
   int32_t low = 0, high = table.num_tensors - 1;
   while (low < high) {
     const int32_t middle = (low + high) / 2;
@@ -102,8 +104,7 @@ Status for_each_table(int64_t num_tensors, const Numel& numel, const Fill& fill,
   for (int64_t i = 0; i < num_tensors; ++i) {
     const int32_t slot = table.num_tensors;
     table.numel[slot] = numel(i);
-    table.chunk_end[slot] =
-        table.num_chunks() + (numel(i) + kOptimChunk - 1) / kOptimChunk;
+    table.chunk_end[slot] = table.num_chunks() + (numel(i) + kOptimChunk - 1) / kOptimChunk;
     fill(table, slot, i);
     ++table.num_tensors;
     if (table.is_full() || i + 1 == num_tensors) {

@@ -33,7 +33,7 @@ def conv(
 ) -> Tensor:
     """act(bias[k] + sum over c, t of weight[k, c, t] input[n, c, o s - p + t d]) in float64.
 
-    input ``[N, C, space]``, weight ``[K, C / groups, kernel]``; zero where the input is read outside.
+    input ``[N, C, space]``, weight ``[K, C / groups, kernel]``; the input is zero outside.
     """
     kernel = weight.shape[2:]
     stride, dilation = _per_axis(stride, kernel), _per_axis(dilation, kernel)

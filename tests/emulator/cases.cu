@@ -55,9 +55,7 @@ __global__ void fresh_shared_memory_kernel(float* out) {
 }
 
 // The place of each thread in the order in which the block's threads ran.
-__global__ void order_kernel(int* out) {
-  out[threadIdx.x] = atomicAdd(&out[blockDim.x], 1);
-}
+__global__ void order_kernel(int* out) { out[threadIdx.x] = atomicAdd(&out[blockDim.x], 1); }
 
 // ---- warp collectives ----
 
@@ -224,7 +222,7 @@ Status run_on(T* out) {
   return launch(kKernel, kBlocks, kThreads, kSharedBytes, nullptr, out);
 }
 #define FUSED_CASE(kernel, T, ...) \
-  { #kernel, [](void* out) { return run_on<kernel, __VA_ARGS__>(static_cast<T*>(out)); } }
+  {#kernel, [](void* out) { return run_on<kernel, __VA_ARGS__>(static_cast<T*>(out)); }}
 
 const Case kCases[] = {
     {"indices_kernel",
@@ -235,8 +233,8 @@ const Case kCases[] = {
     {"atomics_kernel",
      [](void* out) {
        auto* words = static_cast<int*>(out);
-       return launch(atomics_kernel, 50, 64, 0, nullptr, words,
-                     reinterpret_cast<float*>(words + 6), reinterpret_cast<unsigned*>(words + 7));
+       return launch(atomics_kernel, 50, 64, 0, nullptr, words, reinterpret_cast<float*>(words + 6),
+                     reinterpret_cast<unsigned*>(words + 7));
      }},
     FUSED_CASE(reverse_kernel<true>, int, 1, 64, 256),
     FUSED_CASE(reverse_kernel<false>, int, 1, 64, 256),

@@ -74,7 +74,8 @@ __global__ void copies_kernel(const float4* in, float4* out) {
   ptx::cp_async_wait<1>();
   for (int group = 0; group < 3; ++group) out[96 + group * 32 + thread] = tile[group * 32 + thread];
   ptx::cp_async_wait<0>();
-  for (int group = 0; group < 3; ++group) out[192 + group * 32 + thread] = tile[group * 32 + thread];
+  for (int group = 0; group < 3; ++group)
+    out[192 + group * 32 + thread] = tile[group * 32 + thread];
 }
 
 __global__ void bad_misaligned_row(const uint16_t*, uint16_t* out) {
