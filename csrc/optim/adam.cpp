@@ -67,7 +67,7 @@ AdamTensor flatten(FlatTensors& flat, const AdamLists& lists, size_t i,
 }
 
 void run(const AdamLists& lists, const AdamOptions& options) {
-  FlatTensors flat;
+  FlatTensors flat(lists.params.size());
   std::vector<Batch<AdamTensor>> batches;
   for (const auto i : c10::irange(lists.params.size())) {
     batch_of(batches, lists.params[i]).tensors.push_back(flatten(flat, lists, i, options));

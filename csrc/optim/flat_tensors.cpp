@@ -22,18 +22,19 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 
 void* FlatTensors::param(const at::Tensor& param) {
   if (param.is_non_overlapping_and_dense()) {
-    layout_ = param;
-    written_.push_back(param);
+    layout_ = &param;
+    written_.push_back(&param);
     return param.data_ptr();
   }
-  layout_ = at::empty_like(param, at::MemoryFormat::Contiguous);
+  layout_copy_ = at::empty_like(param, at::MemoryFormat::Contiguous);
+  layout_ = &layout_copy_;
   return operand(param, /*written=*/true);
 }
 
 void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
-  if (written) written_.push_back(tensor);
-  if (same_layout(tensor, layout_)) return tensor.data_ptr();
-  at::Tensor copy = at::empty_like(layout_);
+  if (written) written_.push_back(&tensor);
+  if (same_layout(tensor, *layout_)) return tensor.data_ptr();
+  at::Tensor copy = at::empty_like(*layout_);
   copy.copy_(tensor.detach());
   if (written) {
     copies_.emplace_back(tensor, copy);
@@ -44,12 +45,12 @@ void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
 }
 
 void* FlatTensors::scalar(const at::Tensor& tensor) {
-  written_.push_back(tensor);
+  written_.push_back(&tensor);
   return tensor.data_ptr();
 }
 
 void FlatTensors::bump_versions() const {
-  for (const at::Tensor& tensor : written_) bump_version(tensor);
+  for (const at::Tensor* tensor : written_) bump_version(*tensor);
 }
 
 void FlatTensors::finish() const {

@@ -10,9 +10,12 @@
 namespace fused {
 
 // Parameter i's operands share one memory order: that of the parameter where it is dense, else a
-// contiguous copy's. Nothing that the caller can see is written before finish().
+// contiguous copy's. Nothing that the caller can see is written before finish(). The tensors given
+// must outlive this object: a step over hundreds of small ones would notice every reference count.
 class FlatTensors {
  public:
+  explicit FlatTensors(size_t num_params) { written_.reserve(5 * num_params); }
+
   // The parameter's array. Sets the layout that operand() asks of the others.
   void* param(const at::Tensor& param);
 
@@ -30,8 +33,9 @@ class FlatTensors {
   void finish() const;
 
  private:
-  at::Tensor layout_;                // of the current parameter; dense
-  std::vector<at::Tensor> written_;  // as the caller knows them
+  const at::Tensor* layout_ = nullptr;      // of the current parameter; dense
+  at::Tensor layout_copy_;                  // owns it where the parameter itself is not dense
+  std::vector<const at::Tensor*> written_;  // as the caller knows them
   std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // (the caller's, ours) to copy back
   std::vector<at::Tensor> temporaries_;  // copies that are only read, kept until the end
 };

@@ -31,7 +31,7 @@ void check(at::TensorList params, at::TensorList grads, at::TensorList momentum_
 
 void run(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
          const SgdOptions& options) {
-  FlatTensors flat;
+  FlatTensors flat(params.size());
   std::vector<Batch<SgdTensor>> batches;
   for (const auto i : c10::irange(params.size())) {
     SgdTensor tensor;
