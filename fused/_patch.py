@@ -15,6 +15,9 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: modules.Attention,
     nn.LSTM: modules.LSTM,
     nn.LSTMCell: modules.LSTMCell,
+    nn.Conv1d: modules.Conv1d,
+    nn.Conv2d: modules.Conv2d,
+    nn.Conv3d: modules.Conv3d,
 }
 
 _STOCK = tuple(TWINS)

@@ -138,3 +138,22 @@ def test_unpatch_leaves_modules_that_were_fused_from_the_start() -> None:
     fused.patch(model)
     fused.unpatch(model)
     assert type(model[0]) is fused.Attention
+
+
+def test_every_stock_module_with_a_twin_gives_the_same_numbers_patched() -> None:
+    cases = [
+        (nn.Conv1d(4, 6, 3, padding="same", padding_mode="circular"), torch.randn(2, 4, 9)),
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2), torch.randn(2, 4, 9, 9)),
+        (nn.Conv3d(2, 3, 2, bias=False), torch.randn(1, 2, 4, 5, 6)),
+        (nn.LSTM(4, 5, num_layers=2, bidirectional=True), torch.randn(3, 2, 4)),
+        (nn.LSTMCell(4, 5), torch.randn(2, 4)),
+    ]
+    for module, x in cases:
+        stock = type(module)
+        expected, text, keys = module(x), repr(module), list(module.state_dict())
+        report = fused.patch(module)
+        assert report.replaced == {"": f"{stock.__name__} -> fused.{stock.__name__}"}
+        torch.testing.assert_close(module(x), expected)
+        assert repr(module) == text and list(module.state_dict()) == keys
+        fused.unpatch(module)
+        assert type(module) is stock
