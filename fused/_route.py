@@ -56,9 +56,13 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform is active: tensors may have no data of their own."""
-    # The one such question that torch.compile can answer while it traces.
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether a torch.func transform is active: tensors may have no data of their own.
+
+    torch.compile cannot answer while it traces, and is told no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def composite_reason(*tensors: Tensor | None) -> str | None:
