@@ -259,7 +259,7 @@ def dropout_mask(rng: Tensor, dropout_p: float, weights: Tensor) -> Tensor:
     columns = []
     for start in range(0, keys, _MAX_HEAD_DIM):
         width = min(_MAX_HEAD_DIM, keys - start)
-        v = torch.zeros(keys, width, device=q.device)
+        v = q.new_zeros(keys, width)
         v[start : start + width] = torch.eye(width, device=q.device)
         v = v.expand(batch, heads, keys, width)
         with torch.no_grad():
@@ -273,21 +273,21 @@ def dropout_mask(rng: Tensor, dropout_p: float, weights: Tensor) -> Tensor:
     return kept.to(weights.dtype) * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
 
 
+def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
+    """[B, H, S, D], laid out as [B, S, H, D]."""
+    strides = (length * heads * width, width, heads * width, 1)
+    return like.new_empty_strided((batch, heads, length, width), strides)
+
+
 @torch.library.register_fake("fused::attention_forward")
 def _(q, k, v, attn_mask, rng, dropout_p, is_causal, scale):  # type: ignore[no-untyped-def]
-    batch, heads, rows, _ = q.shape
-    out = q.new_empty(batch, rows, heads, v.shape[-1]).transpose(1, 2)
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty(batch, heads, rows, dtype=dtype)
+    return _empty_heads(q, *q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=dtype)
 
 
 @torch.library.register_fake("fused::attention_backward")
 def _(grad_out, grad_lse, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    def like(tensor: Tensor) -> Tensor:
-        batch, heads, rows, width = tensor.shape
-        return tensor.new_empty(batch, rows, heads, width).transpose(1, 2)
-
-    return like(q), like(k), like(v)
+    return tuple(_empty_heads(t, *t.shape) for t in (q, k, v))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

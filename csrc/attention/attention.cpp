@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/util/accumulate.h>
 
 #include <cmath>
@@ -26,10 +27,11 @@ HeadStrides head_strides(const at::Tensor& tensor) {
 }
 
 // [batch, heads, length, width], laid out as [batch, length, heads, width]: what the layer after an
-// attention reads in order.
+// attention reads in order. Not a view, which nobody could change in place once it has a derivative.
 at::Tensor empty_heads(const at::Tensor& like, int64_t batch, int64_t heads, int64_t length,
                        int64_t width) {
-  return at::empty({batch, length, heads, width}, like.options()).transpose(1, 2);
+  return at::empty_strided({batch, heads, length, width},
+                           {length * heads * width, width, heads * width, 1}, like.options());
 }
 
 void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
