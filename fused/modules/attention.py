@@ -128,10 +128,10 @@ class Attention(nn.MultiheadAttention):
         if query.dim() == 3 and key.shape[1] != batch:
             raise RuntimeError(f"key must have the batch of query ({batch}), got {key.shape[1]}")
         if key_padding_mask is not None:
-            expected = key.shape[:-1] if key.dim() == 2 else (batch, key.shape[0])
+            expected = tuple(key.shape[:-1] if key.dim() == 2 else (batch, key.shape[0]))
             if key_padding_mask.shape != expected:
                 raise AssertionError(
-                    f"Expected key_padding_mask of shape {tuple(expected)}, but got "
+                    f"Expected key_padding_mask of shape {expected}, but got "
                     f"{tuple(key_padding_mask.shape)}"
                 )
         if attn_mask is not None:
