@@ -124,11 +124,10 @@ def _conv(
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _route.autocast(input.device.type, input, weight, bias)  # type: ignore
     reason = _route.composite_reason(input, weight, bias) or _unsupported(input, weight, bias)
+    _route.report(op, input.device, reason)
     if reason is not None:
-        _route.report(op, "composite", {"kernel": reason})
         out = _STOCK[axes](input, weight, bias, stride, padding, dilation, groups)
         return out if activation is None else _ACTIVATIONS[activation](out)
-    _route.report(op, "kernel", {"composite": "a kernel covers this call"})
     stride, dilation = _per_axis(axes, stride), _per_axis(axes, dilation)
     options = (stride, _pad(op, axes, weight, stride, padding, dilation), dilation, groups)
     if input.dim() == axes + 1:
@@ -215,22 +214,22 @@ class ConvFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # create_graph=True
-            grads = _route.composite_gradients(
-                lambda *tensors: conv_composite(*tensors, *ctx.options),
-                ctx.saved_tensors[:3],
-                (grad_out,),
-            )
-            return (*grads, *[None] * len(ctx.options))
         traced = _route.is_traced(grad_out)
-        return _gradients(ctx, grad_out, torch.ops.fused if traced else _route.kernels())
+        return _gradients(ctx, torch.ops.fused if traced else _route.kernels(), grad_out)
 
 
-def _gradients(ctx: Any, grad_out: Tensor, ops: Any) -> tuple[Tensor | None, ...]:
-    input, weight, _, saved = ctx.saved_tensors
+def _gradients(ctx: Any, ops: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of the op's inputs, by `ops.conv_backward` where it can."""
+    input, weight, bias, saved = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    grads = ops.conv_backward(grad_out, input, weight, saved, *ctx.options, *wanted)
+    if _route.needs_composite_gradients(grad_out):
+
+        def composite(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return conv_composite(input, weight, bias, *ctx.options)
+
+        grads = _route.composite_gradients(composite, (input, weight, bias), (grad_out,))
+    else:
+        grads = ops.conv_backward(grad_out, input, weight, saved, *ctx.options, *wanted)
     kept = [grad if want else None for grad, want in zip(grads, wanted, strict=True)]
     return (*kept, *[None] * len(ctx.options))
 
@@ -251,8 +250,10 @@ def conv_composite(
     if before != after:
         around = [n for pair in zip(before, after, strict=True) for n in reversed(pair)]
         input, before = F.pad(input, around[::-1]), [0] * axes
-    out = _STOCK[axes](input, weight, bias, stride, before, dilation, groups)
-    return out if activation is None else _ACTIVATIONS[activation](out)
+    # What autocast casts is cast already.
+    with _route.without_autocast(input.device.type):
+        out = _STOCK[axes](input, weight, bias, stride, before, dilation, groups)
+        return out if activation is None else _ACTIVATIONS[activation](out)
 
 
 def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
@@ -304,7 +305,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _traced_backward(ctx: Any, grad_out: Tensor, grad_pre: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gradients(ctx, grad_out, torch.ops.fused), None)
+    return (*_gradients(ctx, torch.ops.fused, grad_out), None)
 
 
 torch.library.register_autograd(

@@ -299,9 +299,9 @@ def test_backward_checks_what_it_gets(backend: torch.device) -> None:
     ):
         backward(torch.ones(2, 4, 6, device=backend), input, weight, None, *options, None, *wanted)
     grad = torch.ones(2, 4, 5, device=backend)
-    with pytest.raises(ValueError, match="conv1d: saved must be given with an activation"):
+    with pytest.raises(ValueError, match=r"conv1d: saved must be given with an activation"):
         backward(grad, input, weight, None, *options, "relu", *wanted)
-    with pytest.raises(TypeError, match="conv1d: grad_output must have the dtype of input"):
+    with pytest.raises(TypeError, match=r"conv1d: grad_output must have the dtype of input"):
         backward(grad.double(), input, weight, None, *options, None, *wanted)
 
 
@@ -309,7 +309,7 @@ def test_python_errors() -> None:
     input, weight = torch.ones(1, 1, 4), torch.ones(1, 1, 2)
     with pytest.raises(ValueError, match=r"conv1d: activation must be None, 'relu', .*, got 'elu'"):
         functional.conv1d(input, weight, activation="elu")
-    with pytest.raises(ValueError, match="conv1d: stride must be 1 with padding='same', got"):
+    with pytest.raises(ValueError, match=r"conv1d: stride must be 1 with padding='same', got"):
         functional.conv1d(input, weight, stride=2, padding="same")
-    with pytest.raises(ValueError, match="conv1d: padding must be numbers, 'valid' or 'same', got"):
+    with pytest.raises(ValueError, match=r"conv1d: padding must be numbers, .*, got 'full'"):
         functional.conv1d(input, weight, padding="full")
