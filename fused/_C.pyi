@@ -45,6 +45,31 @@ def attention_forward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]: ...
 def autocast_cast(arg0: Tensor, arg1: dtype) -> Tensor: ...
+def conv_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    saved: Tensor | None,
+    stride: Tuple[int, ...],
+    padding: Tuple[int, ...],
+    dilation: Tuple[int, ...],
+    groups: int,
+    activation: str | None,
+    want_input: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]: ...
+def conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Tuple[int, ...],
+    padding: Tuple[int, ...],
+    dilation: Tuple[int, ...],
+    groups: int,
+    activation: str | None,
+    save_pre: bool,
+) -> tuple[Tensor, Tensor]: ...
 def isa() -> str: ...
 def lstm_cell_backward(
     grad_h_next: Tensor | None,
@@ -111,3 +136,18 @@ def sgd_group(
     found_inf: Tensor | None,
     check_only: bool,
 ) -> str | None: ...
+def sgd_lists(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    lr: object,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+    capturable: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None: ...
