@@ -162,7 +162,11 @@ def test_large_gates_saturate(backend: torch.device) -> None:
     assert torch.equal(c[1], torch.zeros_like(c[1])) and torch.equal(h[1], torch.zeros_like(h[1]))
 
 
-@pytest.mark.parametrize("case", [CASES[5], CASES[19]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in CASES if c.name in ("many rows", "packed many", "packed projection reverse")],
+    ids=lambda case: case.name,
+)
 def test_a_repeated_run_is_bitwise_equal(case: LSTMCase, backend: torch.device) -> None:
     tensors, options = case.make(torch.float32, backend)
 

@@ -6,13 +6,12 @@
 // the initial one, and at the end the buffers are h_n and c_n (backward: the gradients of h0, c0).
 #include "lstm/lstm_ops.h"
 
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include "lstm/lstm_factor.h"
 #include "lstm/lstm_glue.h"
 #include "lstm/lstm_steps.h"
 
@@ -56,6 +55,11 @@ at::Tensor states_before(const at::Tensor& states, const at::Tensor& initial,
   std::vector<at::Tensor> parts;
   for (const Range& r : ranges) parts.push_back(r.source->narrow(0, r.begin, r.rows));
   return parts.empty() ? initial.narrow(0, 0, 0) : at::cat(parts);
+}
+
+std::optional<Factor> factor_if(const std::optional<at::Tensor>& maybe_weight, int64_t rows) {
+  return has(maybe_weight) ? std::optional<Factor>(std::in_place, *maybe_weight, rows)
+                           : std::nullopt;
 }
 
 void check_layer(const char* op, const at::Tensor& input, const at::Tensor& h0,
@@ -106,7 +110,7 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
 
   const int64_t state_size = h0.size(1), hidden_size = c0.size(1);
   const at::Tensor rows = as_rows(input);
-  const at::Tensor gates = at::mm(rows, w_ih.t());
+  const at::Tensor gates = product(rows, w_ih.t());
   const at::Tensor h = fresh(h0, h0), c = fresh(c0, c0);
   const at::Tensor output = at::empty({rows.size(0), state_size}, input.options());
   const at::Tensor cells = at::empty({rows.size(0), hidden_size}, input.options());
@@ -122,10 +126,12 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
   p.c_next = c.data_ptr();
   p.hidden_size = static_cast<int32_t>(hidden_size);
   p.dtype = dtype_of(op, "input", input);
-  const at::Tensor w_hh_t = w_hh.t();
+  const Factor recurrent(w_hh.t(), rows.size(0));
+  const auto projection =
+      factor_if(has(w_hr) ? std::optional(w_hr->t()) : std::nullopt, rows.size(0));
   for (const LstmStep& step : steps) {
     const at::Tensor h_rows = h.narrow(0, 0, step.rows);
-    gates.narrow(0, step.begin, step.rows).addmm_(h_rows, w_hh_t);
+    recurrent.add(gates.narrow(0, step.begin, step.rows), h_rows);
     p.batch = static_cast<int32_t>(step.rows);
     p.gates = row_pointer(gates, step.begin);
     p.maybe_c_copy = row_pointer(cells, step.begin);
@@ -133,8 +139,8 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
     p.maybe_h_copy = has(w_hr) ? nullptr : row_pointer(output, step.begin);
     check_status(op, FUSED_DISPATCH(input, lstm_cell_forward, p));
     if (has(w_hr)) {
-      at::Tensor projected = output.narrow(0, step.begin, step.rows);
-      at::mm_out(projected, hidden.narrow(0, step.begin, step.rows), w_hr->t());
+      const at::Tensor projected = output.narrow(0, step.begin, step.rows);
+      projection->assign(projected, hidden.narrow(0, step.begin, step.rows));
       h_rows.copy_(projected);
     }
   }
@@ -156,17 +162,18 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
                     const at::Tensor& cells, StepGradients& grad) {
   const at::Tensor grad_hidden =
       has(w_hr) ? at::empty(grad.c.sizes(), grad.c.options()) : at::Tensor();
+  const Factor recurrent(w_hh, gates.size(0));
+  const auto projection = factor_if(w_hr, gates.size(0));
   LstmCellBackwardParams p{};
   p.hidden_size = static_cast<int32_t>(c0.size(1));
   p.dtype = dtype_of(op, "input", gates);
   for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
-    at::Tensor grad_h = grad.h.narrow(0, 0, step->rows);
+    const at::Tensor grad_h = grad.h.narrow(0, 0, step->rows);
     if (has(w_hr)) {
       at::Tensor projected = grad.projected.narrow(0, step->begin, step->rows);
       projected.copy_(grad_h);
       if (grad_output.defined()) projected.add_(grad_output.narrow(0, step->begin, step->rows));
-      at::Tensor rows = grad_hidden.narrow(0, 0, step->rows);
-      at::mm_out(rows, projected, *w_hr);
+      projection->assign(grad_hidden.narrow(0, 0, step->rows), projected);
     }
     // Rows that continue a sequence and rows that begin one had their c_prev in different buffers.
     const auto launch = [&](int64_t first, int64_t rows, const void* c_prev) {
@@ -186,7 +193,7 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
     };
     launch(0, step->continued, row_pointer(cells, step->previous));
     launch(step->continued, step->rows - step->continued, row_pointer(c0, step->continued));
-    at::mm_out(grad_h, grad.gates.narrow(0, step->begin, step->rows), w_hh);
+    recurrent.assign(grad_h, grad.gates.narrow(0, step->begin, step->rows));
   }
 }
 
@@ -224,17 +231,17 @@ lstm_layer_backward(const std::optional<at::Tensor>& grad_output,
                  cells.contiguous(), grad);
 
   const at::Tensor grad_gates_t = grad.gates.t();
-  const auto grad_input = [&] { return at::mm(grad.gates, w_ih).view(input.sizes()); };
+  const auto grad_input = [&] { return product(grad.gates, w_ih).view(input.sizes()); };
   const auto grad_w_hh = [&] {
-    return at::mm(grad_gates_t, states_before(as_rows(output), h0, steps, reverse));
+    return product(grad_gates_t, states_before(as_rows(output), h0, steps, reverse));
   };
   return {needs[0] ? grad_input() : not_needed(input),
           needs[1] ? grad.h : not_needed(input),
           needs[2] ? grad.c : not_needed(input),
-          needs[3] ? at::mm(grad_gates_t, rows) : not_needed(input),
+          needs[3] ? product(grad_gates_t, rows) : not_needed(input),
           needs[4] ? grad_w_hh() : not_needed(input),
           needs[5] ? at::sum(grad.gates, 0) : not_needed(input),
-          needs[6] && has(w_hr) ? at::mm(grad.projected.t(), hidden) : not_needed(input)};
+          needs[6] && has(w_hr) ? product(grad.projected.t(), hidden) : not_needed(input)};
 }
 
 }  // namespace fused

@@ -1,0 +1,80 @@
+#include "lstm/lstm_factor.h"
+
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+
+#include "common/checks.h"
+#include "common/isa.h"
+#include "lstm/lstm_product.h"
+
+namespace fused {
+namespace {
+
+#if !defined(FUSED_EMULATED)
+
+// Below this many rows, packing B costs more than the library's slower product.
+constexpr int64_t kRowsWorthPacking = 256;
+
+bool is_ours(const at::Tensor& b, int64_t rows) {
+  if (!b.is_cpu() || rows == 0 || b.numel() == 0) return false;
+  if (b.scalar_type() == at::kHalf) return true;
+  return b.scalar_type() == at::kFloat && rows >= kRowsWorthPacking &&
+         current_isa() != Isa::kGeneric;
+}
+
+CpuMatrix cpu_matrix(const at::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1),
+          tensor.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kFloat32};
+}
+
+#endif
+
+}  // namespace
+
+Factor::Factor(const at::Tensor& b, int64_t rows) : b_(b) {
+#if !defined(FUSED_EMULATED)
+  if (!is_ours(b, rows)) return;
+  const int64_t k = b.size(0), n = b.size(1);
+  packed_ = at::empty({packed_size_cpu(k, n)}, b.options().dtype(at::kFloat));
+  pack_cpu(cpu_matrix(b), k, n, packed_.mutable_data_ptr<float>());
+#else
+  (void)rows;
+#endif
+}
+
+at::Tensor Factor::product(const at::Tensor& a) const {
+  if (!packed_.defined()) return at::mm(a, b_);
+  const at::Tensor c = at::empty({a.size(0), b_.size(1)}, a.options());
+  run(c, a, false);
+  return c;
+}
+
+void Factor::assign(const at::Tensor& c, const at::Tensor& a) const {
+  if (packed_.defined()) {
+    run(c, a, false);
+  } else {
+    at::Tensor out = c;
+    at::mm_out(out, a, b_);
+  }
+}
+
+void Factor::add(const at::Tensor& c, const at::Tensor& a) const {
+  if (packed_.defined()) {
+    run(c, a, true);
+  } else {
+    c.addmm_(a, b_);
+  }
+}
+
+void Factor::run(const at::Tensor& c, const at::Tensor& a, bool accumulate) const {
+#if !defined(FUSED_EMULATED)
+  if (a.size(0) == 0) return;
+  product_cpu({cpu_matrix(a), packed_.const_data_ptr<float>(), c.data_ptr(), c.stride(0),
+               a.size(0), b_.size(1), b_.size(0), accumulate});
+#else
+  (void)c, (void)a, (void)accumulate;
+#endif
+}
+
+}  // namespace fused
