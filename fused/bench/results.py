@@ -11,6 +11,8 @@ from fused._report.text import duration, ratio, three_digits
 from fused.bench.cases import OPS
 from fused.bench.measure import Result
 
+_TITLES = {"attention": "Attention", "conv": "Convolution", "lstm": "LSTM", "optim": "Optimizers"}
+
 
 def headers(*, compiled: bool) -> tuple[str, ...]:
     extra = ("compiled", "its ratio") if compiled else ()
@@ -71,14 +73,18 @@ def write_report(
         ratios = [result.ratio() for result in chosen]
         faster = sum(value >= 1 for value in ratios)
         tiles.append(
-            Tile(op, ratio(geometric_mean(ratios)), f"faster in {faster} of {len(ratios)} cases")
+            Tile(
+                _TITLES[op],
+                ratio(geometric_mean(ratios)),
+                f"faster in {faster} of {len(ratios)} cases",
+            )
         )
         labels = [str(r.case) + (" (WRONG)" if r.wrong is not None else "") for r in chosen]
         chart = charts.ratio_chart(labels, ratios)
         rows = [row(result, compiled=compiled) for result in chosen]
         sections.append(
             Section(
-                op.capitalize(),
+                _TITLES[op],
                 blocks=[
                     Picture(
                         chart, "How many times as fast as stock; longer to the right is better."
