@@ -10,7 +10,7 @@ from torch import nn
 from fused.models import GPT, ConvNet, LSTMLanguageModel
 from fused.models._layers import StockConv2d
 
-LAYERS = ("stock",)
+LAYERS = ("stock", "fused")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -21,7 +21,7 @@ from fused.train.loop import Interrupted, Settings, Training
 from fused.train.readers import DataError, read_cifar10, read_idx
 from fused.train.tasks import ConvNetTask, GPTTask, LSTMTask
 
-LAYERS = ("stock",)
+LAYERS = ("stock", "fused")
 
 
 @pytest.fixture(scope="module")
