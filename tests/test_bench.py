@@ -74,6 +74,8 @@ def test_contenders_start_from_the_same_values(dtype):
 
 SMALL = {
     "attention": lambda: case_list._attention(1, 16, mask="boolean", backward=True),
+    "conv": lambda: case_list._conv((1, 4, 8, 8), 4, 3, layout="NHWC", backward=True),
+    "depthwise": lambda: case_list._conv((1, 4, 8), 4, 3, depthwise=True, backward=True),
     "lstm_cell": lambda: case_list._lstm_cell(2, 8, backward=True),
     "lstm": lambda: case_list._lstm(3, 2, 8, num_layers=2, bidirectional=True, backward=True),
     "optim": lambda: case_list._optim("AdamW", 2, (5,), "fused", clip=True),

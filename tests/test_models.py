@@ -9,6 +9,7 @@ from torch import nn
 
 from fused.models import GPT, ConvNet, LSTMLanguageModel
 from fused.models._layers import StockConv2d
+from fused.testing import assert_as_accurate_as_stock
 
 LAYERS = ("stock", "fused")
 
@@ -57,6 +58,30 @@ def test_output_shape_and_gradients(name, layers):
     assert out.shape == ((4, 10) if name == "convnet" else (3, 11, 61))
     out.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_seed_makes_the_same_model_of_both_forms(name):
+    stock, twin = (make(name, layers) for layers in LAYERS)
+    assert list(stock.state_dict()) == list(twin.state_dict())
+    for key, parameter in stock.state_dict().items():
+        assert torch.equal(parameter, twin.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_forms_compute_the_same(name):
+    stock, twin = (make(name, layers) for layers in LAYERS)
+    exact = copy.deepcopy(stock).double()
+    inputs = example_input(name)
+    results = []
+    for model in (twin, exact, stock):
+        moved = inputs.to(next(model.parameters()).dtype) if name == "convnet" else inputs
+        out = output(model, moved)
+        out.square().mean().backward()
+        gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
+        results.append({"output": out, **gradients})
+    for key in results[0]:
+        assert_as_accurate_as_stock(*(result[key] for result in results), key)
 
 
 @pytest.mark.parametrize("name", MODELS)

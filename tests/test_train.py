@@ -285,6 +285,16 @@ def test_training_learns(small_tasks, text, tmp_path):
         assert run.evaluate() < 0.6 * run.losses[0]
 
 
+@pytest.mark.parametrize("task", [ConvNetTask, LSTMTask, GPTTask])
+def test_both_forms_learn_alike(task, small_tasks, text, tmp_path):
+    # In float64, where rounding has no time to grow into a difference of its own.
+    training = make_training(task, text, tmp_path, steps=12, dtype="float64")
+    training.train(lambda _: None)
+    stock, fused = training.runs["stock"].losses, training.runs["fused"].losses
+    assert len(set(stock)) == 12
+    assert fused == pytest.approx(stock, rel=1e-9)
+
+
 def test_second_interrupt_stops_at_once(small_tasks, text, tmp_path):
     def after_block(training):
         signal.raise_signal(signal.SIGINT)
