@@ -1,6 +1,6 @@
 """Accelerated kernels for PyTorch: drop-in functions, modules and optimizers."""
 
-from fused import functional
+from fused import functional, models, reference
 from fused._explain import explain
 from fused._patch import patch, unpatch
 from fused._version import __version__
@@ -20,6 +20,8 @@ __all__ = [
     "__version__",
     "explain",
     "functional",
+    "models",
     "patch",
+    "reference",
     "unpatch",
 ]
