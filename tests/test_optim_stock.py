@@ -281,15 +281,19 @@ def test_copies_in_mid_training(cls: type, duplicate: str, backend: torch.device
     assert_same_state(optimizer, copied)
 
 
-def test_a_state_from_before_counts_were_tensors(backend: torch.device) -> None:
+@pytest.mark.parametrize("as_saved", [int, torch.tensor], ids=["number", "integer tensor"])
+@pytest.mark.parametrize("cls", [fused.Adam, fused.AdamW])
+def test_counts_of_other_types_are_loaded(
+    cls: type, as_saved: Callable[[int], Any], backend: torch.device
+) -> None:
+    """Old checkpoints hold numbers; stock goes on with whatever a checkpoint holds."""
     network = model(device=backend)
-    optimizer = fused.Adam(network.parameters())
+    optimizer = cls(network.parameters())
     run(network, optimizer, range(2))
-    saved = optimizer.state_dict()
-    old = copy.deepcopy(saved)
-    for entry in old["state"].values():
-        entry["step"] = int(entry["step"])
-    optimizer.load_state_dict(old)
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        entry["step"] = as_saved(int(entry["step"]))
+    optimizer.load_state_dict(saved)
     run(network, optimizer, range(2, 3))
     assert {float(entry["step"]) for entry in optimizer.state.values()} == {3.0}
 

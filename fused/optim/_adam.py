@@ -15,6 +15,8 @@ from fused.optim._step import FusedStep, Group, number, number_and_tensor
 # Parameters, gradients, first and second moments, largest second moments, steps.
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
+CPU = torch.device("cpu")
+
 
 class Adam(FusedStep, torch.optim.Adam):
     """`torch.optim.Adam` whose step is one C++ call, and one pass over memory, per group.
@@ -22,6 +24,17 @@ class Adam(FusedStep, torch.optim.Adam):
     Arguments, state and `state_dict` are those of the stock class. `foreach` and `fused` are
     accepted and choose nothing but, as in stock, where `fused=True` keeps the step counts.
     """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Stock loads a step count as it was saved: in any dtype, and from any device, which it then
+        # waits for at every step. Kernels take a float on the parameter's device or the CPU.
+        for p, entry in self.state.items():
+            step = entry.get("step") if isinstance(entry, dict) and isinstance(p, Tensor) else None
+            if isinstance(step, Tensor) and not (
+                step.dtype in (torch.float32, torch.float64) and step.device in (CPU, p.device)
+            ):
+                entry["step"] = step.to(p.device, torch.float32)
 
     def _kernel_step(self, group: Group, *, check_only: bool) -> str | None:
         grad_scale, found_inf = self._grad_scaler()

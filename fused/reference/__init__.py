@@ -3,5 +3,15 @@
 from fused.reference.attention import scaled_dot_product_attention
 from fused.reference.conv import conv1d, conv2d, conv3d
 from fused.reference.lstm import lstm, lstm_cell
+from fused.reference.optim import adam, sgd
 
-__all__ = ["conv1d", "conv2d", "conv3d", "lstm", "lstm_cell", "scaled_dot_product_attention"]
+__all__ = [
+    "adam",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "lstm",
+    "lstm_cell",
+    "scaled_dot_product_attention",
+    "sgd",
+]
