@@ -29,6 +29,7 @@ SHORTER = {
     r"typing\.SupportsInt \| typing\.SupportsIndex": "int",
     r"typing\.Annotated\[(.*?), \"FixedSize\(\d+\)\"\]": r"\1",
     r"collections\.abc\.Sequence": "Sequence",
+    r"Tuple\[int, \.\.\.\]": "Sequence[int]",  # what torch's caster calls an IntArrayRef
 }
 
 

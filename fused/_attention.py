@@ -282,7 +282,9 @@ def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) 
 @torch.library.register_fake("fused::attention_forward")
 def _(q, k, v, attn_mask, rng, dropout_p, is_causal, scale):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return _empty_heads(q, *q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3], dtype=dtype)
+    batch, heads, length = q.shape[:3]
+    out = _empty_heads(q, batch, heads, length, v.shape[-1])
+    return out, q.new_empty(q.shape[:3], dtype=dtype)
 
 
 @torch.library.register_fake("fused::attention_backward")

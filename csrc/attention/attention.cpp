@@ -27,7 +27,8 @@ HeadStrides head_strides(const at::Tensor& tensor) {
 }
 
 // [batch, heads, length, width], laid out as [batch, length, heads, width]: what the layer after an
-// attention reads in order. Not a view, which nobody could change in place once it has a derivative.
+// attention reads in order. Not a view, which nobody could change in place once it has a
+// derivative.
 at::Tensor empty_heads(const at::Tensor& like, int64_t batch, int64_t heads, int64_t length,
                        int64_t width) {
   return at::empty_strided({batch, heads, length, width},

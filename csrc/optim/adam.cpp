@@ -98,8 +98,8 @@ void run(const AdamLists& lists, const AdamOptions& options) {
   flat.finish();
 }
 
-// Whether the step is skipped, as far as the host must know: a count that it keeps may not advance on
-// a step that only the device knows to be skipped. With counts on the device it does not ask.
+// Whether the step is skipped, as far as the host must know: a count that it keeps may not advance
+// on a step that only the device knows to be skipped. With counts on the device it does not ask.
 bool host_sees_skip(at::TensorList steps, const AdamOptions& options) {
   if (!options.found_inf) return false;
   for (const at::Tensor& step : steps) {
@@ -133,9 +133,9 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
              const std::optional<at::Tensor>& tensor_beta2,
              const std::optional<at::Tensor>& grad_scale,
              const std::optional<at::Tensor>& found_inf) {
-  const AdamOptions options{lr,        beta1,        beta2,        weight_decay,
-                            eps,       amsgrad,      maximize,     decoupled_weight_decay,
-                            capturable, tensor_lr,   tensor_beta1, tensor_beta2,
+  const AdamOptions options{lr,         beta1,     beta2,        weight_decay,
+                            eps,        amsgrad,   maximize,     decoupled_weight_decay,
+                            capturable, tensor_lr, tensor_beta1, tensor_beta2,
                             grad_scale, found_inf};
   adam_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options,
             /*check_only=*/false);

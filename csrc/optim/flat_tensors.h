@@ -1,5 +1,5 @@
-// Turns tensors into flat arrays that a kernel can walk: brings the operands of a parameter into one
-// dense layout and remembers what to copy back. For the glue, which knows torch.
+// Turns tensors into flat arrays that a kernel can walk: brings the operands of a parameter into
+// one dense layout and remembers what to copy back. For the glue, which knows torch.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -89,9 +89,8 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
             bool first_step, bool capturable, const std::optional<at::Tensor>& tensor_lr,
             const std::optional<at::Tensor>& grad_scale,
             const std::optional<at::Tensor>& found_inf) {
-  const SgdOptions options{lr,       weight_decay, momentum,   dampening, nesterov,
-                           maximize, first_step,   capturable, tensor_lr, grad_scale,
-                           found_inf};
+  const SgdOptions options{lr,         weight_decay, momentum,  dampening,  nesterov, maximize,
+                           first_step, capturable,   tensor_lr, grad_scale, found_inf};
   sgd_step(params, grads, momentum_buffers, options, /*check_only=*/false);
 }
 
