@@ -21,7 +21,7 @@ RUNS = 7
 def main() -> None:
     python = [sys.executable]
     answers = [subprocess.check_output([*python, "-c", CODE], text=True) for _ in range(RUNS + 1)]
-    # The first compiles byte code. On a busy machine the processor's time says more than the wall's.
+    # The first compiles byte code. On a busy machine the processor's time says more.
     wall, cpu = zip(*(map(float, answer.split()) for answer in answers[1:]))
     print(f"import fused after torch: {min(wall):.1f} ms at least,", end=" ")
     print(f"{statistics.median(wall):.1f} ms in the median; processor {min(cpu):.1f} ms")

@@ -70,8 +70,8 @@ void Factor::add(const at::Tensor& c, const at::Tensor& a) const {
 void Factor::run(const at::Tensor& c, const at::Tensor& a, bool accumulate) const {
 #if !defined(FUSED_EMULATED)
   if (a.size(0) == 0) return;
-  product_cpu({cpu_matrix(a), packed_.const_data_ptr<float>(), c.data_ptr(), c.stride(0),
-               a.size(0), b_.size(1), b_.size(0), accumulate});
+  product_cpu({cpu_matrix(a), packed_.const_data_ptr<float>(), c.data_ptr(), c.stride(0), a.size(0),
+               b_.size(1), b_.size(0), accumulate});
 #else
   (void)c, (void)a, (void)accumulate;
 #endif

@@ -11,7 +11,7 @@ class Factor {
   // `rows` is how many rows of left-hand factors it will meet in all: few are not worth packing B.
   Factor(const at::Tensor& b, int64_t rows);
 
-  at::Tensor product(const at::Tensor& a) const;             // A B
+  at::Tensor product(const at::Tensor& a) const;                // A B
   void assign(const at::Tensor& c, const at::Tensor& a) const;  // C = A B
   void add(const at::Tensor& c, const at::Tensor& a) const;     // C += A B
 

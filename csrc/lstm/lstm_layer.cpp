@@ -4,8 +4,6 @@
 // h and c are carried in buffers [B, .] that each step updates in place for its own rows. So rows
 // of sequences that have ended keep their last state, rows of sequences that have yet to join keep
 // the initial one, and at the end the buffers are h_n and c_n (backward: the gradients of h0, c0).
-#include "lstm/lstm_ops.h"
-
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -13,6 +11,7 @@
 
 #include "lstm/lstm_factor.h"
 #include "lstm/lstm_glue.h"
+#include "lstm/lstm_ops.h"
 #include "lstm/lstm_steps.h"
 
 namespace fused {
@@ -66,9 +65,8 @@ void check_layer(const char* op, const at::Tensor& input, const at::Tensor& h0,
                  const at::Tensor& c0, const LstmWeights& weights, bool packed) {
   check_dim(op, "input", input, packed ? 2 : 3);
   check_lstm_arguments(op, input, h0, c0, weights);
-  FUSED_CHECK_VALUE(packed || input.size(1) == h0.size(0), op,
-                    ": h must have the batch of input (", input.size(packed ? 0 : 1), "), got ",
-                    h0.sizes());
+  FUSED_CHECK_VALUE(packed || input.size(1) == h0.size(0), op, ": h must have the batch of input (",
+                    input.size(packed ? 0 : 1), "), got ", h0.sizes());
 }
 
 std::vector<int64_t> with_last(const at::Tensor& input, int64_t last) {
@@ -150,9 +148,9 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
 namespace {
 
 struct StepGradients {
-  at::Tensor h, c;         // [B, P], [B, H]: in as gradients of h_n and c_n, out of h0 and c0
-  at::Tensor gates;        // [N, 4H]: of the products' sum
-  at::Tensor projected;    // [N, P]: of h after the projection; undefined without one
+  at::Tensor h, c;       // [B, P], [B, H]: in as gradients of h_n and c_n, out of h0 and c0
+  at::Tensor gates;      // [N, 4H]: of the products' sum
+  at::Tensor projected;  // [N, P]: of h after the projection; undefined without one
 };
 
 // The steps of the backward pass. `grad_output` is [N, P] or undefined.

@@ -1,8 +1,9 @@
-// The CPU's matrix products around the LSTM kernels, in float32 and float16: C (+)= A B with B packed
-// once, as for the recurrent weights of a whole sequence.
+// The CPU's matrix products around the LSTM kernels, in float32 and float16: C (+)= A B with B
+// packed once, as for the recurrent weights of a whole sequence.
 //
 // The library's are used everywhere else. Of products of 2048 x 256 x 1024 on one Zen 5 core (torch
-// 2.13): float32 93 GFLOP/s by torch.mm, 215 here; float16 19, and 2 where an operand is transposed.
+// 2.13): float32 93 GFLOP/s by torch.mm, 215 here; float16 19, and 2 where an operand is
+// transposed.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,8 @@
 
 namespace fused {
 
-// A strided matrix of `dtype` (float32 or float16): element (i, j) at data[i * stride0 + j * stride1].
+// A strided matrix of `dtype` (float32 or float16): element (i, j) at data[i * stride0 + j *
+// stride1].
 struct CpuMatrix {
   const void* data;
   int64_t stride0, stride1;

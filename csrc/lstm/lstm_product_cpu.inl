@@ -1,19 +1,22 @@
 // The CPU's matrix products of lstm_product.h, included once per instruction set.
 //
 // B is packed in stripes of three vectors' columns, [stripe][k][columns], zeros behind the last
-// column: block_gemm then reads it in order. A is copied to floats block by block, whatever its type
-// and strides; C is summed in a block of floats beside it.
+// column: block_gemm then reads it in order. A is copied to floats block by block, whatever its
+// type and strides; C is summed in a block of floats beside it.
 
 constexpr int64_t kStripe = 3 * kLanes<float>;
 // Blocks of A of 64 x 128. Each block along k is summed by itself, so that rounding grows with
-// 128 + k / 128 additions and not with k: in one chain the weight gradients of 330 rows came out four
-// times as far from the truth as PyTorch's, which adds up step by step. Blocks of 256 are 5 % faster.
+// 128 + k / 128 additions and not with k: in one chain the weight gradients of 330 rows came out
+// four times as far from the truth as PyTorch's, which adds up step by step. Blocks of 256 are 5 %
+// faster.
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kDepthBlock = 128;
 
 static inline int64_t product_stripes(int64_t n) { return (n + kStripe - 1) / kStripe; }
 
-static int64_t product_packed_size(int64_t k, int64_t n) { return product_stripes(n) * kStripe * k; }
+static int64_t product_packed_size(int64_t k, int64_t n) {
+  return product_stripes(n) * kStripe * k;
+}
 
 template <typename T>
 static void product_pack_stripe(const CpuMatrix& b, int64_t k, int64_t n, int64_t stripe,
@@ -49,9 +52,9 @@ static void product_pack(const CpuMatrix& b, int64_t k, int64_t n, float* packed
   }
 }
 
-// Rows [row, row + rows) and columns [depth, depth + depths) of A as floats: row after row, or column
-// after column where A lies so. block_gemm takes both, and a copy that turned them round would miss
-// the cache at every element.
+// Rows [row, row + rows) and columns [depth, depth + depths) of A as floats: row after row, or
+// column after column where A lies so. block_gemm takes both, and a copy that turned them round
+// would miss the cache at every element.
 template <typename T>
 static void product_copy_a(const CpuMatrix& a, int64_t row, int64_t rows, int64_t depth,
                            int64_t depths, float* out) {
@@ -80,9 +83,9 @@ static void product_block(const CpuProductParams& p, int64_t row, int64_t stripe
     const int64_t depths = std::min(kDepthBlock, p.k - depth);
     product_copy_a<T>(p.a, row, rows, depth, depths, copy_of_a);
     for (int64_t stripe = stripe_begin; stripe < stripe_end; ++stripe) {
-      block_gemm<float>(rows, kStripe, depths, copy_of_a, by_rows ? depths : 1,
-                        by_rows ? 1 : rows, p.packed + (stripe * p.k + depth) * kStripe, kStripe,
-                        block, kStripe, false);
+      block_gemm<float>(rows, kStripe, depths, copy_of_a, by_rows ? depths : 1, by_rows ? 1 : rows,
+                        p.packed + (stripe * p.k + depth) * kStripe, kStripe, block, kStripe,
+                        false);
       float* sum = sums + (stripe - stripe_begin) * kStripe;
       for (int64_t i = 0; i < rows; ++i) {
         const float* addend = block + i * kStripe;
