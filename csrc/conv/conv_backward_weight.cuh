@@ -156,7 +156,7 @@ __device__ __forceinline__ A sum_strands(A value, A* shared) {
 
 // Grid: channel tiles by shares, in one axis. partials [splits][K][taps], taps = 1 for the bias.
 template <typename T, bool kChannelsLast, bool kBias>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, 2)
     conv_strand_sums_kernel(const Correlation c, const int64_t num_pixels, const int32_t splits,
                             Accumulator<T>* partials) {
   using A = Accumulator<T>;
