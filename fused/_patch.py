@@ -57,9 +57,6 @@ def patch(model: nn.Module) -> PatchReport:
     parametrized modules are left alone. An `nn.TransformerEncoder` or `nn.TransformerEncoderLayer`
     calls its patched attention in evaluation too, where stock has a path of its own around it.
 
-    Patch before the first call of a compiled model: torch.compile does not look at the class of
-    PyTorch's own modules again.
-
     Args:
         model: any module; it may itself be of a kind that has a twin.
 

@@ -120,6 +120,20 @@ def test_subclasses_of_the_encoder_run_kernels_too() -> None:
     assert model.use_nested_tensor and model.layers[0].activation_relu_or_gelu == 1
 
 
+def test_a_compiled_model_is_traced_again() -> None:
+    model = encoder().layers[0].eval()
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        expected = compiled(x)
+        fused.patch(compiled)
+        torch.testing.assert_close(compiled(x), expected)
+        assert launches(compiled, x) == 1
+        fused.unpatch(compiled)
+        compiled(x)
+        assert launches(compiled, x) == 0
+
+
 def test_unpatch_leaves_what_was_parametrized_since() -> None:
     model = nn.Sequential(nn.MultiheadAttention(8, 2))
     fused.patch(model)
