@@ -136,7 +136,7 @@ class LSTMCellFunction(torch.autograd.Function):
         ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         *tensors, c_next, gates = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if _route.needs_composite_gradients(grad_h, grad_c):
             return _route.composite_gradients(lstm_cell_composite, tensors, (grad_h, grad_c))
         run = (
             torch.ops.fused.lstm_cell_backward
@@ -177,7 +177,7 @@ class LSTMLayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors, batch_sizes = ctx.saved_tensors[:8], ctx.saved_tensors[8]
         saved = ctx.saved_tensors[9:]
-        if torch.is_grad_enabled():  # create_graph=True
+        if _route.needs_composite_gradients(*grad_outputs):
             inputs = (*tensors, batch_sizes, ctx.reverse)
             return _route.composite_gradients(lstm_layer_composite, inputs, grad_outputs)
         run = (
