@@ -25,7 +25,7 @@ def double_inputs(case: AttentionCase) -> tuple[list[Tensor], dict]:
 def test_first_and_second_derivatives(causal: bool) -> None:
     # test_forward_and_gradients judges the first derivative of every backend, and the second is the
     # same composite on all.
-    inputs, options = double_inputs(SMALL)
+    inputs, options = double_inputs(SMALL[0])
     if causal:
         options = {"is_causal": True, "enable_gqa": True}
 
