@@ -152,6 +152,29 @@ def test_sparse_gradients(backend: torch.device) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_threads_change_nothing(cls: type) -> None:
+    """Tensors that several threads share, and threads that several tensors share, on the CPU."""
+    shapes = [100_003, 5, 65_536, 0, 70_001, 8192]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            params = [leaf(torch.randn(n)) for n in shapes]
+            optimizer = cls(params, **OPTIONS[cls])
+            for step in range(2):
+                set_gradients(params, step)
+                optimizer.step()
+            results.append(params)
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    assert_all_close(step_both(cls, lambda: [leaf(torch.randn(n)) for n in shapes], steps=2))
+
+
 # --- Which parameters -----------------------------------------------------------------------------
 
 
@@ -187,8 +210,9 @@ def test_no_gradients_at_all(cls: type, backend: torch.device) -> None:
 @pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_tied_and_overlapping_parameters(cls: type, backend: torch.device) -> None:
+    # Large enough that threads share the work: side by side, the two updates would race.
     def tied() -> list[Tensor]:
-        param = leaf(torch.randn(300, device=backend))
+        param = leaf(torch.randn(40_000, device=backend))
         return [param, leaf(torch.randn(4, device=backend)), param]
 
     def overlapping() -> list[Tensor]:
