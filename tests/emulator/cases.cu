@@ -23,7 +23,9 @@ __global__ void indices_kernel(int* out) {
 template <bool kWithBarrier>
 __global__ void __launch_bounds__(64) reverse_kernel(int* out) {
   int* tile = shared_memory<int>();
-  tile[threadIdx.x] = int(threadIdx.x);
+  // A function of its own in the symbol table, and yet no instance of the kernel.
+  const auto fill = [&](int value) __attribute__((noinline)) { tile[value] = value; };
+  fill(int(threadIdx.x));
   if (kWithBarrier) __syncthreads();
   out[threadIdx.x] = tile[blockDim.x - 1 - threadIdx.x];
 }
