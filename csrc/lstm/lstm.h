@@ -1,7 +1,7 @@
 // What the LSTM kernels read and write, and what launches them.
 //
 // The kernels hold the pointwise part of a step: the four gates, the cell and the hidden update.
-// The matrix products around them are the library's (lstm.cpp, lstm_layer.cpp).
+// The matrix products around them are the library's or lstm_product.h's (see lstm_layer.cpp).
 //
 //   i, f, o = sigmoid(gates), g = tanh(gates)     gates = x W_ih' + h W_hh' + b_ih + b_hh
 //   c_next  = f c + i g
