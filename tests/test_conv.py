@@ -35,7 +35,9 @@ def stock(case: ConvCase):
 def draw_grad_out(case: ConvCase, tensors: list[Tensor], options: dict) -> Tensor:
     shape = getattr(reference, case.op)(*tensors, **options).shape
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(shape, generator=generator).to(tensors[0])
+    drawn = torch.randn(shape, generator=generator).to(tensors[0])
+    # Laid out as the input is, which is how the layer behind would leave it.
+    return drawn if case.layout == "expanded" else case._lay_out(drawn)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")

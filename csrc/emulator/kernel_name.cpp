@@ -117,7 +117,7 @@ std::vector<std::string> instances_of(const std::vector<std::string>& names) {
   std::vector<std::string> instances;
   for (const auto& [address, mangled] : symbols_of(info.dli_fname)) {
     if (mangled.find('.') != std::string::npos) continue;  // a part that the compiler split off
-    if (mangled.rfind("_ZZ", 0) == 0) continue;  // a lambda of a kernel, not the kernel
+    if (mangled.rfind("_ZZ", 0) == 0) continue;            // a lambda of a kernel, not the kernel
     const std::string name = without_signature(demangled(mangled));
     const bool wanted = std::find(names.begin(), names.end(), base_name(name)) != names.end();
     if (wanted) instances.push_back(name);

@@ -127,6 +127,7 @@ CASES = [
     ConvCase("channels-last input", layout="channels-last input", out_channels=16),
     ConvCase("channels-last weight", layout="channels-last weight", out_channels=16),
     ConvCase("odd strides", layout="odd strides", padding=1),
+    ConvCase("relu, odd strides", layout="odd strides", padding=1, activation="relu"),
     ConvCase("expanded", layout="expanded"),
     *[ConvCase(f"1d {n}", size=(n,), kernel=(3,), padding=1) for n in (1, 3, 16, 600)],
     ConvCase("1d, channels-last", size=(21,), kernel=(4,), in_channels=9, layout="channels-last"),
