@@ -315,3 +315,15 @@ def test_python_errors() -> None:
         functional.conv1d(input, weight, stride=2, padding="same")
     with pytest.raises(ValueError, match=r"conv1d: padding must be numbers, .*, got 'full'"):
         functional.conv1d(input, weight, padding="full")
+
+
+def test_relu_stops_an_infinite_gradient(backend: torch.device) -> None:
+    input = torch.tensor([[[-1.0, 2.0]]], device=backend, requires_grad=True)
+    weight = torch.ones(1, 1, 1, device=backend)
+    for grad_out in (
+        torch.full((1, 1, 2), torch.inf, device=backend),
+        torch.tensor(torch.inf, device=backend).expand(1, 1, 2),
+    ):
+        out = functional.conv1d(input, weight, activation="relu")
+        (grad,) = torch.autograd.grad(out, input, grad_out)
+        assert grad.tolist() == [[[0.0, torch.inf]]]
