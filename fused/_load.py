@@ -36,11 +36,16 @@ class Target(NamedTuple):
 def build_info() -> ModuleType:
     """The generated module fused._build_info."""
     try:
-        return importlib.import_module("fused._build_info")
+        info = importlib.import_module("fused._build_info")
     except ModuleNotFoundError:
+        info = None
+    # The finder of an editable install answers for modules that this folder lacks, with those of
+    # another tree.
+    if info is None or Path(str(info.__file__)).resolve().parent != _FOLDER:
         raise ImportError(
-            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {rebuild_command()}"
-        ) from None
+            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {_mend()}"
+        )
+    return info
 
 
 def built_for() -> Target:

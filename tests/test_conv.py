@@ -327,3 +327,16 @@ def test_relu_stops_an_infinite_gradient(backend: torch.device) -> None:
         out = functional.conv1d(input, weight, activation="relu")
         (grad,) = torch.autograd.grad(out, input, grad_out)
         assert grad.tolist() == [[[0.0, torch.inf]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_grad_out_in_another_layout_than_the_result(
+    dtype: torch.dtype, backend: torch.device
+) -> None:
+    case = ConvCase("layouts", activation="relu", layout="channels-last", out_channels=17)
+    tensors, options = case.make(dtype, backend)
+    grad_out = draw_grad_out(case, tensors, options)
+    same, other = (
+        run(functional.conv2d, tensors, options, g) for g in (grad_out, grad_out.contiguous())
+    )
+    assert all(torch.equal(a, b) for a, b in zip(same, other, strict=True))
