@@ -35,6 +35,7 @@ class Target(NamedTuple):
 @cache
 def build_info() -> ModuleType:
     """The generated module fused._build_info."""
+    info: ModuleType | None
     try:
         info = importlib.import_module("fused._build_info")
     except ModuleNotFoundError:
@@ -43,7 +44,7 @@ def build_info() -> ModuleType:
     # another tree.
     if info is None or Path(str(info.__file__)).resolve().parent != _FOLDER:
         raise ImportError(
-            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {_mend()}"
+            f"fused: the compiled part is missing in {_FOLDER}. Build it with: {rebuild_command()}"
         )
     return info
 
