@@ -205,7 +205,8 @@ def _walk(tree: Any) -> Iterator[Any]:
 
 
 def _tensors_in(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in _walk(tree) if isinstance(leaf, torch.Tensor)]
+    leaves = (leaf for leaf in _walk(tree) if isinstance(leaf, torch.Tensor))
+    return [leaf for leaf in leaves if leaf.layout == torch.strided]
 
 
 def _bits(tensor: torch.Tensor) -> torch.UntypedStorage:
