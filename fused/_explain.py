@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fused import _load, _route
+from fused.optim._sharded import local_tensors
 from fused.optim._step import FusedStep
 
 
@@ -63,8 +64,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     owner = getattr(function, "__self__", None)
     if isinstance(owner, FusedStep):
         name = type(owner).__name__
-        for group in owner.param_groups:
-            listener(name, group["params"][0].device, owner.composite_reason(group))
+        with local_tensors(owner):
+            for group in owner.param_groups:
+                listener(name, group["params"][0].device, owner.composite_reason(group))
         return Explanation(tuple(decisions))
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

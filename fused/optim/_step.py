@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused.optim import _sharded
+
 Group = dict[str, Any]
 
 # What C++ answers in place of None when it has not made the step; anything else it answers is a
@@ -24,12 +26,13 @@ Group = dict[str, Any]
 UNINITIALISED = "uninitialised"
 MODE = "mode"
 DIFFERENTIABLE = "differentiable"
+SUBCLASS = "subclass"
 
 _REASONS = {
     DIFFERENTIABLE: "differentiable=True needs operators that autograd knows",
     "sparse": "a gradient is sparse",
     "complex": "a parameter is not a floating-point tensor",
-    "subclass": "a tensor is of a subclass",
+    SUBCLASS: "a tensor is of a subclass",
     "transform": "a functorch transform is active",
 }
 
@@ -95,6 +98,9 @@ class FusedStep(Optimizer):
                 return
         else:
             outcomes = [self._check(group) for group in groups]
+        if SUBCLASS in outcomes and _sharded.any_sharded(groups):
+            with _sharded.local_tensors(self):
+                return self._eager_step()
         new_states = []
         for group, outcome in zip(groups, outcomes, strict=True):
             if outcome == UNINITIALISED:

@@ -1,0 +1,123 @@
+"""DTensor parameters (FSDP2, tensor parallelism): the step on each rank's own shards.
+
+A DTensor is a tensor subclass, which no kernel can read, but what it holds on this rank is a plain
+tensor. Adam and SGD work element by element, so the step on the local tensors is the step on the
+whole. This is the one place that knows the way there and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Entry = dict[str, Any]  # the state of one parameter
+
+# A plain number beside every parameter, as in stock; never a shard of anything.
+_STEP = "step"
+
+
+def is_sharded(value: object) -> TypeGuard[DTensor]:
+    """Whether this is a DTensor. Does not import its package, which takes a while."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def any_sharded(groups: Iterable[dict[str, Any]]) -> bool:
+    return any(is_sharded(p) for group in groups for p in group["params"])
+
+
+@contextlib.contextmanager
+def local_tensors(optimizer: Optimizer) -> Iterator[None]:
+    """Puts local tensors in the place of the DTensors among an optimizer's parameters and states.
+
+    Within, `optimizer.param_groups` and `optimizer.state` hold plain tensors that share memory with
+    the DTensors, gradients included. A state that begins within becomes a DTensor placed as its
+    parameter, so that a checkpoint knows of what it is a shard.
+    """
+    groups, state = optimizer.param_groups, optimizer.state
+    params = [p for group in groups for p in group["params"]]
+    shards: dict[Tensor, _Shard] = {p: _Shard(p, state.get(p, {})) for p in params if is_sharded(p)}
+    by_local = {shard.local: shard for shard in shards.values()}
+    local_state: defaultdict[Any, Entry] = defaultdict(dict)
+    for p, entry in state.items():
+        if p in shards:
+            local_state[shards[p].local] = shards[p].entry
+        else:
+            local_state[p] = entry
+    optimizer.state = local_state
+    optimizer.param_groups = [
+        {**group, "params": [shards[p].local if p in shards else p for p in group["params"]]}
+        for group in groups
+    ]
+    try:
+        yield
+    finally:
+        optimizer.param_groups, optimizer.state = groups, state
+        for p, entry in local_state.items():
+            if p in by_local:
+                by_local[p].close(state, entry)
+            else:
+                state[p] = entry
+        for shard in shards.values():
+            shard.finish()
+
+
+class _Shard:
+    """A DTensor parameter and what belongs to it, as plain tensors of this rank."""
+
+    def __init__(self, whole: DTensor, entry: Entry) -> None:
+        self._whole = whole
+        self._opened: list[tuple[DTensor, Tensor, int]] = []  # with the local tensor's version
+        self.local = self._open(whole).detach()  # an object whose gradient nobody else sees
+        if is_sharded(whole.grad):
+            if whole.grad.placements != whole.placements:
+                whole.grad = self._placed(whole.grad)
+            if hasattr(self.local, "grad_dtype"):
+                self.local.grad_dtype = None  # the step itself says which it takes
+            self.local.grad = self._open(whole.grad)
+        for name, value in entry.items():
+            if is_sharded(value) and value.placements != whole.placements:
+                entry[name] = self._placed(value)
+        self.entry = {n: self._open(v) if is_sharded(v) else v for n, v in entry.items()}
+        self._given = dict(self.entry)
+
+    def _placed(self, other: DTensor) -> DTensor:
+        return other.redistribute(self._whole.device_mesh, self._whole.placements)
+
+    def _open(self, whole: DTensor) -> Tensor:
+        local = whole.to_local()
+        self._opened.append((whole, local, local._version))
+        return local
+
+    def close(self, state: dict[Any, Entry], local_entry: Entry) -> None:
+        """Takes over the states that the step has begun or replaced."""
+        entry = state.setdefault(self._whole, {})
+        for name, value in local_entry.items():
+            if value is not self._given.get(name):
+                entry[name] = self._closed(value) if name != _STEP else value
+
+    def _closed(self, value: object) -> object:
+        if not isinstance(value, Tensor) or value.shape != self.local.shape:
+            return value
+        from torch.distributed.tensor import DTensor
+
+        whole = self._whole
+        # The shape is told, for from_local would take uneven shards for even ones.
+        return DTensor.from_local(
+            value, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
+        )
+
+    def finish(self) -> None:
+        # Who writes to a local tensor marks that one; the DTensor has a version of its own.
+        written = [whole for whole, local, version in self._opened if local._version > version]
+        torch.autograd.graph.increment_version(written)
