@@ -55,6 +55,8 @@ TORCH_LIBRARY(fused, m) {
       "float weight_decay, float momentum, float dampening, bool nesterov, bool maximize, "
       "bool first_step, bool capturable, Tensor? tensor_lr=None, Tensor? grad_scale=None, "
       "Tensor? found_inf=None) -> ()");
+  m.def("total_norm(Tensor[] tensors, Tensor? grad_scale=None) -> Tensor");
+  m.def("clip_by_norm_(Tensor(a!)[] tensors, Tensor norm, float max_norm) -> ()");
 }
 
 namespace {
@@ -71,6 +73,8 @@ void implement(torch::Library& m) {
   m.impl("conv_backward", &fused::conv_backward);
   m.impl("adam_", &fused::adam_op);
   m.impl("sgd_", &fused::sgd_op);
+  m.impl("total_norm", &fused::total_norm);
+  m.impl("clip_by_norm_", &fused::clip_by_norm_);
 }
 
 }  // namespace

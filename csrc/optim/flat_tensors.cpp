@@ -1,5 +1,6 @@
 #include "optim/flat_tensors.h"
 
+#include <ATen/ops/clone.h>
 #include <ATen/ops/empty_like.h>
 
 #include "common/checks.h"
@@ -21,19 +22,20 @@ bool same_layout(const at::Tensor& a, const at::Tensor& b) {
 }  // namespace
 
 void* FlatTensors::param(const at::Tensor& param) {
-  if (param.is_non_overlapping_and_dense()) {
+  if (param.is_non_overlapping_and_dense() && !param.is_neg()) {
     layout_ = &param;
     written_.push_back(&param);
     return param.data_ptr();
   }
-  layout_copy_ = at::empty_like(param, at::MemoryFormat::Contiguous);
+  layout_copy_ = at::empty_like(param).detach();
   layout_ = &layout_copy_;
   return operand(param, /*written=*/true);
 }
 
 void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
+  // The memory of a negative view (the imaginary part of a conjugate is one) holds the negative.
   if (written) written_.push_back(&tensor);
-  if (same_layout(tensor, *layout_)) return tensor.data_ptr();
+  if (same_layout(tensor, *layout_) && !tensor.is_neg()) return tensor.data_ptr();
   at::Tensor copy = at::empty_like(*layout_);
   copy.copy_(tensor.detach());
   if (written) {
@@ -42,6 +44,11 @@ void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
     temporaries_.push_back(copy);
   }
   return copy.data_ptr();
+}
+
+void* FlatTensors::read_only(const at::Tensor& tensor) {
+  if (tensor.is_non_overlapping_and_dense() && !tensor.is_neg()) return tensor.data_ptr();
+  return temporaries_.emplace_back(tensor.detach().clone(at::MemoryFormat::Contiguous)).data_ptr();
 }
 
 void* FlatTensors::scalar(const at::Tensor& tensor) {

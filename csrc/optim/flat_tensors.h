@@ -23,6 +23,9 @@ class FlatTensors {
   // own layout differs. `written`: the kernel will change it.
   void* operand(const at::Tensor& tensor, bool written);
 
+  // The array of a tensor by itself, in whatever order is its own.
+  void* read_only(const at::Tensor& tensor);
+
   // The address of a scalar that the step changes.
   void* scalar(const at::Tensor& tensor);
 

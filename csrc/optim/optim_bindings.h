@@ -216,8 +216,23 @@ inline void sgd_lists(const Tensors& params, const Tensors& grads, const Tensors
   sgd_step(params, grads, momentum_buffers, options, /*check_only=*/false);
 }
 
+inline at::Tensor bound_total_norm(const Tensors& tensors,
+                                   const std::optional<at::Tensor>& grad_scale) {
+  const py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fused::total_norm", c10::ArrayRef<const c10::IValue>{});
+  return total_norm(tensors, grad_scale);
+}
+
+inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, double max_norm) {
+  const py::gil_scoped_release no_gil;
+  RECORD_FUNCTION("fused::clip_by_norm_", c10::ArrayRef<const c10::IValue>{});
+  clip_by_norm_(tensors, norm, max_norm);
+}
+
 inline void bind(py::module_& module) {
   using py::arg;
+  module.def("total_norm", &bound_total_norm, arg("tensors"), arg("grad_scale") = py::none());
+  module.def("clip_by_norm_", &bound_clip_by_norm, arg("tensors"), arg("norm"), arg("max_norm"));
   module.def("adam_group", &adam_group, arg("params"), arg("state"), arg("lr"), arg("beta1"),
              arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"), arg("maximize"),
              arg("decoupled_weight_decay"), arg("capturable"), arg("grad_scale"), arg("found_inf"),

@@ -40,6 +40,16 @@ FUSED_API void sgd_step(at::TensorList params, at::TensorList grads,
 // Throws unless the kernels of `op` can update each parameter by its gradient.
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);
 
+// The Euclidean norm of all tensors together, over `grad_scale` where it is given: a float64 scalar
+// on the first tensor's device (0 on the CPU without tensors), which the host does not wait for.
+// Any dtypes, layouts and devices; the same bits whatever the number of threads.
+FUSED_API at::Tensor total_norm(at::TensorList tensors,
+                                const std::optional<at::Tensor>& grad_scale);
+
+// Multiplies every tensor in place by min(1, max_norm / (norm + 1e-6)), as
+// torch.nn.utils.clip_grad_norm_ does, without a visit of `norm` to the host.
+FUSED_API void clip_by_norm_(at::TensorList tensors, const at::Tensor& norm, double max_norm);
+
 // The same as torch.library binds them, with plain arguments.
 FUSED_API void adam_op(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,

@@ -10,16 +10,11 @@
 
 #include "common/launch.h"
 #include "common/vector_load.cuh"
+#include "optim/chunks.h"
 
 namespace fused {
 
 constexpr int kOptimThreads = 256;
-
-// Elements of a block: a multiple of every dtype's kOptimThreads packs of 16 bytes, so that a chunk
-// of an aligned tensor starts aligned. Large enough that finding the chunk and the power of two
-// betas cost little beside it, small enough that a few million elements fill a GPU.
-// Not yet measured on a GPU.
-constexpr int64_t kOptimChunk = 8192;
 
 // What is left of the 4 KB of arguments for the options.
 constexpr size_t kOptionBytes = 256;
@@ -104,7 +99,7 @@ Status for_each_table(int64_t num_tensors, const Numel& numel, const Fill& fill,
   for (int64_t i = 0; i < num_tensors; ++i) {
     const int32_t slot = table.num_tensors;
     table.numel[slot] = numel(i);
-    table.chunk_end[slot] = table.num_chunks() + (numel(i) + kOptimChunk - 1) / kOptimChunk;
+    table.chunk_end[slot] = table.num_chunks() + num_chunks(numel(i));
     fill(table, slot, i);
     ++table.num_tensors;
     if (table.is_full() || i + 1 == num_tensors) {

@@ -156,3 +156,9 @@ def _fake_step(*args: Any, **kwargs: Any) -> None:
 
 torch.library.register_fake("fused::adam_", _fake_step)
 torch.library.register_fake("fused::sgd_", _fake_step)
+torch.library.register_fake("fused::clip_by_norm_", _fake_step)
+
+
+@torch.library.register_fake("fused::total_norm")
+def _(tensors: list[Tensor], grad_scale: Tensor | None = None) -> Tensor:
+    return tensors[0].new_empty((), dtype=torch.float64)

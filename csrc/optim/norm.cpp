@@ -1,0 +1,126 @@
+// Glue of norms and clipping: checks everything, makes flat arrays, launches once per dtype and
+// device.
+#include "optim/norm.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <c10/util/irange.h>
+
+#include "optim/flat_tensors.h"
+#include "optim/optim_glue.h"
+#include "optim/optim_ops.h"
+
+namespace fused {
+namespace {
+
+void check_dense(const char* op, const at::Tensor& tensor) {
+  FUSED_CHECK_VALUE(tensor.layout() == at::kStrided, op, ": tensors must be dense, got ",
+                    tensor.layout());
+  dtype_of(op, "tensors", tensor);
+  check_device(op, "tensors", tensor);
+}
+
+void check_norm_scalar(const char* op, const char* argument, const at::Tensor& tensor) {
+  FUSED_CHECK_VALUE(tensor.numel() == 1, op, ": ", argument, " must have one element, got shape ",
+                    tensor.sizes());
+}
+
+using Batches = std::vector<Batch<NormTensor>>;
+
+int64_t count_chunks(const Batch<NormTensor>& batch) {
+  int64_t count = 0;
+  for (const NormTensor& tensor : batch.tensors) count += num_chunks(tensor.numel);
+  return count;
+}
+
+// The norm of those batches that are on `device`, there.
+at::Tensor norm_on(at::Device device, const Batches& batches,
+                   const std::optional<at::Tensor>& grad_scale) {
+  constexpr const char* kOp = "total_norm";
+  const c10::DeviceGuard guard(device);
+  NormSumParams sum{};
+  for (const auto& batch : batches) {
+    if (batch.example.device() == device) sum.num_partials += count_chunks(batch);
+  }
+  const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
+  const at::Tensor partials = at::empty({sum.num_partials}, options);
+  const at::Tensor norm = at::empty({}, options);
+  int64_t offset = 0;
+  for (const auto& batch : batches) {
+    if (batch.example.device() != device) continue;
+    NormPartialsParams p{};
+    p.tensors = batch.tensors.data();
+    p.num_tensors = static_cast<int64_t>(batch.tensors.size());
+    p.partials = partials.data_ptr<double>() + offset;
+    p.dtype = dtype_of(kOp, "tensors", batch.example);
+    check_status(kOp, FUSED_DISPATCH(batch.example, norm_partials, p));
+    offset += count_chunks(batch);
+  }
+  at::Tensor scale;
+  if (grad_scale) {
+    scale = grad_scale->detach().to(device, at::kFloat, /*non_blocking=*/true);
+    sum.maybe_grad_scale = scale.const_data_ptr<float>();
+  }
+  sum.partials = partials.const_data_ptr<double>();
+  sum.norm = norm.data_ptr<double>();
+  check_status(kOp, FUSED_DISPATCH(norm, norm_sum, sum));
+  return norm;
+}
+
+}  // namespace
+
+at::Tensor total_norm(at::TensorList tensors, const std::optional<at::Tensor>& grad_scale) {
+  constexpr const char* kOp = "total_norm";
+  if (grad_scale) check_norm_scalar(kOp, "grad_scale", *grad_scale);
+  for (const at::Tensor& tensor : tensors) check_dense(kOp, tensor);
+  if (tensors.empty()) return at::zeros({}, at::kDouble);
+  FlatTensors flat(tensors.size());
+  Batches batches;
+  for (const at::Tensor& tensor : tensors) {
+    batch_of(batches, tensor).tensors.push_back({flat.read_only(tensor), tensor.numel()});
+  }
+  std::vector<at::Device> devices;
+  for (const auto& batch : batches) {
+    const at::Device device = batch.example.device();
+    if (std::find(devices.begin(), devices.end(), device) == devices.end()) {
+      devices.push_back(device);
+    }
+  }
+  std::vector<at::Tensor> norms;
+  for (const at::Device device : devices) {
+    norms.push_back(norm_on(device, batches, grad_scale).to(devices[0], /*non_blocking=*/true));
+  }
+  return norms.size() == 1 ? norms[0] : at::linalg_vector_norm(at::stack(norms));
+}
+
+void clip_by_norm_(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
+  constexpr const char* kOp = "clip_by_norm_";
+  check_norm_scalar(kOp, "norm", norm);
+  for (const at::Tensor& tensor : tensors) {
+    check_dense(kOp, tensor);
+    check_writable(kOp, "tensors", tensor);
+  }
+  FlatTensors flat(tensors.size());
+  Batches batches;
+  for (const at::Tensor& tensor : tensors) {
+    batch_of(batches, tensor).tensors.push_back({flat.param(tensor), tensor.numel()});
+  }
+  flat.bump_versions();
+  for (const auto& batch : batches) {
+    const c10::DeviceGuard guard(batch.example.device());
+    const at::Tensor here =
+        norm.detach().to(batch.example.device(), at::kDouble, /*non_blocking=*/true);
+    ClipParams p{};
+    p.tensors = batch.tensors.data();
+    p.num_tensors = static_cast<int64_t>(batch.tensors.size());
+    p.norm = here.const_data_ptr<double>();
+    p.max_norm = max_norm;
+    p.dtype = dtype_of(kOp, "tensors", batch.example);
+    check_status(kOp, FUSED_DISPATCH(batch.example, clip, p));
+  }
+  flat.finish();
+}
+
+}  // namespace fused
