@@ -1,6 +1,7 @@
 """Builds the tests' module, in which the CUDA kernels run on the CPU, and prints its path.
 
     python -m build_support.emulated [plain | races | sanitized | coverage | quick]
+    env $(python -m build_support.emulated --environment sanitized) python -m pytest -k emulat
 
 docs/emulator.md says what the variants are for; `make check-full` runs the suite on each.
 """
@@ -8,6 +9,7 @@ docs/emulator.md says what the variants are for; `make check-full` runs the suit
 from __future__ import annotations
 
 import fcntl
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,6 @@ VARIANTS: Mapping[str, Mapping[Kind, tuple[str, ...]]] = {
         Kind.CUDA: ("-fsanitize=thread", "-g1"),
         Kind.EMULATOR: ("-DFUSED_EMULATOR_RACES", "-g1"),
     },
-    # Python is not compiled with it: it runs with LD_PRELOAD=$(g++ -print-file-name=libasan.so).
     "sanitized": {Kind.CUDA: _SANITIZE, Kind.EMULATOR: _SANITIZE},
     # To be compiled once and run little, as tests/emulator/mutants.py does.
     "quick": {Kind.CUDA: ("-O1",)},
@@ -37,6 +38,30 @@ LINK_FLAGS: Mapping[str, tuple[str, ...]] = {
     "sanitized": ("-fsanitize=address,undefined",),
     "coverage": ("--coverage",),
 }
+
+
+def environment(variant: str) -> dict[str, str]:
+    """What the tests of a variant need in their environment."""
+    variables = {"FUSED_EMULATED_VARIANT": variant}
+    if variant == "sanitized":
+        # Python itself is not compiled with the sanitizers, and never frees all that it allocates.
+        # libstdc++ goes ahead too, for AddressSanitizer looks up __cxa_throw when the process
+        # begins. It writes to the descriptor that pytest would capture and lose at the process's
+        # end: hence PYTEST_ADDOPTS.
+        compiler = require_compiler().path
+        libraries = [
+            subprocess.run(
+                [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for name in ("libasan.so", "libstdc++.so.6")
+        ]
+        variables |= {
+            "LD_PRELOAD": ":".join(libraries),
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+            "PYTEST_ADDOPTS": "--capture=sys",
+        }
+    return variables
 
 
 def build(variant: str = "plain") -> Path:
@@ -59,4 +84,7 @@ def build(variant: str = "plain") -> Path:
 
 
 if __name__ == "__main__":
-    print(build(*sys.argv[1:]))
+    if sys.argv[1:2] == ["--environment"]:
+        print(*(f"{name}={value}" for name, value in environment(sys.argv[2]).items()))
+    else:
+        print(build(*sys.argv[1:]))

@@ -6,8 +6,9 @@
 Compiles every kernel for the architectures below and reads registers, stack and spills from ptxas,
 and from the machine code how global memory is read, whether local memory is touched in a loop, and
 where the tensor cores are used. kernel_report.txt says what is expected of each kernel; the check
-fails when one takes more registers or stack, starts to spill, or loses its 16-byte loads or its
-tensor-core instructions.
+fails when one takes more registers or stack, starts to spill, or when any of its instances loses a
+16-byte load or a tensor-core instruction. A kernel that touches local memory needs a reason in
+LOCAL_MEMORY_BECAUSE, table or not.
 
 nvdisasm reads the machine code: from PATH, the toolkit, or `pip install nvidia-cuda-nvdisasm`.
 Without it those columns are neither checked nor written, and the report says so.
@@ -21,7 +22,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +46,8 @@ COLUMNS: Mapping[str, bool] = {
     "wide_loads": False,  # global loads of 16 bytes or more
     "tensor": False,  # matrix instructions
 }
+# Kernels that may have a stack, spill, or touch local memory in a loop, and why.
+LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {}
 FROM_MACHINE_CODE = ("local_in_loops", "wide_loads", "tensor")
 
 
@@ -176,14 +178,23 @@ def compile_all(architectures: Iterable[str], nvdisasm: str | None, nvcc: str) -
 
 
 def worst(instances: Iterable[Instance]) -> dict[str, dict[str, int]]:
-    """For each kernel, the worst figure of any instance on any architecture."""
-    found: dict[str, dict[str, int]] = defaultdict(dict)
-    for instance in instances:
-        kernel = found[instance.name]
-        for column, value in instance.figures.items():
-            choose = max if COLUMNS[column] else min
-            kernel[column] = choose(kernel.get(column, value), value)
-    return dict(found)
+    """For each kernel, the worst figure of any instance on any architecture. Of what is wanted, the
+    sum over all instances, each on its worst architecture: many an instance has no 16-byte loads,
+    and the least would hide that another lost its own."""
+    instances = list(instances)
+    least: dict[tuple[str, str, str], int] = {}
+    found: dict[str, dict[str, int]] = {one.name: {} for one in instances}
+    for one in instances:
+        kernel = found[one.name]
+        for column, value in one.figures.items():
+            if COLUMNS[column]:
+                kernel[column] = max(kernel.get(column, value), value)
+            else:
+                key = (one.name, column, one.signature)
+                least[key] = min(least.get(key, value), value)
+    for (name, column, _), value in least.items():
+        found[name][column] = found[name].get(column, 0) + value
+    return found
 
 
 def read_table(text: str) -> dict[str, dict[str, int]]:
@@ -221,10 +232,24 @@ def compare(
     return complaints
 
 
+def unexplained(found: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Kernels in local memory without a word why, and words for kernels that are not."""
+    columns = ("stack", "spills", "local_in_loops")
+    local = {name for name, figures in found.items() if any(figures.get(c, 0) for c in columns)}
+    explained = LOCAL_MEMORY_BECAUSE.keys() & found.keys()
+    return [
+        *(f"{name}: touches local memory, and no reason is given" for name in local - explained),
+        *(
+            f"{name}: touches no local memory, for which a reason is given"
+            for name in explained - local
+        ),
+    ]
+
+
 HEADING = """\
-# What the compiler may make of each kernel, the worst of all its instances on all architectures:
-# at most so many registers, bytes of stack and of spills, and local-memory instructions in loops;
-# at least so many 16-byte global loads and tensor-core instructions.
+# What the compiler may make of each kernel. The worst of all its instances on all architectures: at
+# most so many registers, bytes of stack and of spills, and local-memory instructions in loops. All
+# instances together: at least so many 16-byte global loads and tensor-core instructions.
 # Compared and written by `python -m build_support.kernel_report`.
 """
 
@@ -247,6 +272,7 @@ def main() -> None:
     complaints = [f"{name}: was not compiled" for name in sorted(unseen)]
     if nvdisasm is None:
         print(f"no nvdisasm: {', '.join(FROM_MACHINE_CODE)} not checked")
+    complaints += unexplained(found)
     expected = read_table(TABLE.read_text())
     if options.update:  # what nvdisasm was not there to count stays as it was, or "-"
         rows = {name: expected.get(name, {}) | figures for name, figures in found.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -50,3 +52,28 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
     for item in items:
         if "emulated" in item.name:
             item.config.stash[_deselected] = item.config.stash.get(_deselected, 0) + 1
+
+
+def backend_of(nodeid: str) -> str:
+    """Which kernels a test runs; the emulator's own tests count as emulated."""
+    if "emulat" in nodeid:
+        return "emulated"
+    words = re.findall(r"\w+", nodeid.partition("[")[2])
+    return next((backend for backend in ("cuda", "cpu") if backend in words), "no backend")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    tests: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                backend = backend_of(report.nodeid)
+                tests[backend] += report.when == "call"
+                seconds[backend] += report.duration
+    terminalreporter.section("backends")
+    for backend in sorted(tests):
+        share = seconds[backend] / max(sum(seconds.values()), 1e-9)
+        terminalreporter.line(
+            f"{backend:10}  {tests[backend]:5} tests  {seconds[backend]:6.1f} s  {share:4.0%}"
+        )

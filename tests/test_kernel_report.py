@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from build_support import kernel_report
 from build_support.kernels import find_kernels, kernels_in
 
@@ -85,3 +87,30 @@ def test_only_what_is_worse_than_the_table_is_complained_of() -> None:
     unknown = kernel_report.read_table(TABLE.replace("28               2", "28               -"))
     assert kernel_report.compare({"f": expected["f"] | {"local_in_loops": 9}}, unknown) == []
     assert kernel_report.compare({}, expected) == ["f: is in the table alone"]
+
+
+def instance(signature: str, architecture: str, **figures: int) -> kernel_report.Instance:
+    return kernel_report.Instance("f", signature, architecture, figures)
+
+
+def test_wide_loads_that_one_instance_loses_show_in_the_sum() -> None:
+    instances = [
+        instance("f<float>", "sm_80", registers=40, wide_loads=4),
+        instance("f<float>", "sm_120", registers=44, wide_loads=3),
+        instance("f<Half>", "sm_80", registers=32, wide_loads=2),
+        instance("f<char>", "sm_80", registers=32, wide_loads=0),
+    ]
+    assert kernel_report.worst(instances) == {"f": {"registers": 44, "wide_loads": 5}}
+    instances[2].figures["wide_loads"] = 0
+    assert kernel_report.worst(instances) == {"f": {"registers": 44, "wide_loads": 3}}
+
+
+def test_local_memory_needs_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    clean, local = {"f": {"stack": 0, "spills": 0}}, {"f": {"stack": 8, "spills": 0}}
+    assert kernel_report.unexplained(clean) == []
+    text = "f: touches local memory, and no reason is given"
+    assert kernel_report.unexplained(local) == [text]
+    monkeypatch.setattr(kernel_report, "LOCAL_MEMORY_BECAUSE", {"f": "a table in local memory"})
+    assert kernel_report.unexplained(local) == []
+    text = "f: touches no local memory, for which a reason is given"
+    assert kernel_report.unexplained(clean) == [text]

@@ -43,8 +43,10 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   }
 }
 
+// Two blocks at a time, which share the latency of their loads; in double one, whose sums would
+// spill.
 template <Gradient kGradient, typename T>
-__global__ void __launch_bounds__(kAttentionThreads, 2)
+__global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
     attention_backward_kernel(const AttentionBackwardParams p) {
   using A = Accumulator<T>;
   constexpr bool kOwnsQueries = kGradient == Gradient::kQuery;

@@ -12,8 +12,9 @@ enum SgdPointer { kParam, kGrad, kMomentumBuffer };
 template <bool kMomentum>
 using SgdTable = TensorTable<kMomentum ? 3 : 2>;
 
+// Four blocks at least: left to itself, nvcc spills a register of double's for the sake of more.
 template <typename T, bool kMomentum>
-__global__ void __launch_bounds__(kOptimThreads)
+__global__ void __launch_bounds__(kOptimThreads, 4)
     sgd_kernel(const SgdTable<kMomentum> table, const SgdParams p) {
   using A = Accumulator<T>;
   if (step_is_skipped(p.gradients)) return;

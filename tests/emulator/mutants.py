@@ -1,16 +1,23 @@
 """Breaks the CUDA kernels one line at a time, and shows that the emulated tests notice.
 
-    python tests/emulator/mutants.py [--files csrc/lstm/lstm_cell_forward.cuh ...] [--per-file 8]
+    python tests/emulator/mutants.py                              all of csrc
+    python tests/emulator/mutants.py --files csrc/lstm/*.cuh      some of it
+    python tests/emulator/mutants.py --table                      only the table of what was decided
 
-Works on a copy of the tree in build/mutants. Each mutant is built and met with the tests of its op,
-first as they are; one that survives is run once more with the race detector. A mutant that no test
-can kill, because it computes the same, stands in EQUIVALENT with the reason; any other survivor
-fails the run. Takes about a quarter of a minute for each mutant that dies early.
+Every barrier and every wait is removed in turn, and a sample of the other lines is broken. Works on
+a copy of the tree in build/mutants. A mutant is built with little optimisation and met with the
+smallest tests that should notice, then with all of its op's, then with the race detector and the
+sanitizers, until one fails. A mutant that no test can kill, because it computes the same, stands in
+EQUIVALENT with the reason; any other survivor fails the run. What was killed is kept by the text of
+the broken file and not met again (--afresh does), so that a run can be broken off and go on. A
+mutant takes about a quarter of a minute, half a minute where a header is compiled into many files.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import random
 import re
@@ -18,35 +25,45 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from build_support.emulated import environment
 
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "mutants"
-TIMEOUT = 900  # seconds; an endless loop is a mutant noticed
+VERDICTS = TREE / "verdicts.json"
+TIMEOUT = 300  # seconds; an endless loop is a mutant noticed
 
-# The tests that answer for a folder of kernels; csrc/common is met by all of them.
+# The tests that answer for a folder of kernels, those first that notice most; csrc/common is met by
+# its users'.
 TESTS = {
     "attention": ["tests/test_attention.py"],
     "conv": ["tests/test_conv.py"],
-    "lstm": ["tests/test_lstm.py"],
-    "optim": ["tests/test_optim.py"],
+    "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
+    "optim": ["tests/test_optim.py", "tests/test_optim_tensors.py", "tests/test_optim_stock.py"],
     "common": ["tests/test_attention.py", "tests/test_optim.py"],
 }
 
 # What is done to a line: a name, what is looked for, what it becomes. One mutant for each line and
 # fault, at the first place that fits.
 FAULTS: tuple[tuple[str, str, str], ...] = (
-    ("barrier removed", r"__sync(threads|warp)\(\);", ";"),
+    ("barrier removed", r"__sync(threads|warp)\([^()]*\);", ";"),
+    ("wait removed", r"(ptx::)?cp_async_wait<[^<>]*>\(\);", ";"),
+    ("a wait too few", r"cp_async_wait<([^<>]*)>", r"cp_async_wait<\1 + 1>"),
     ("< to <=", r"(?<=[\w)\]]) < (?=[\w(])", " <= "),
     (">= to >", r" >= ", " > "),
     ("> to >=", r"(?<=[\w)\]]) > (?=[\w(])", " >= "),
     ("index off by one", r"(?<=[\w\])])\[([\w .:+*/%-]*[a-z]\w*)\](?!\()", r"[\1 + 1]"),
     ("+ to -", r" \+ ", " - "),
     ("* to +", r" \* (?=[\w(])", " + "),
+    ("xor dropped", r" \^ [\w.]+", ""),
 )
-ALWAYS = ("barrier removed",)  # the others are sampled
+ALWAYS = ("barrier removed", "wait removed", "a wait too few")  # the others are sampled
 
 # Lines that compute the same with the fault: (file, fault, line) to the reason.
 FORWARD, BACKWARD = "csrc/attention/attention_forward.cu", "csrc/attention/attention_backward.cu"
@@ -110,6 +127,20 @@ class Mutant:
     def key(self) -> tuple[str, str, str]:
         return self.path, self.fault, self.before.strip()
 
+    @property
+    def text(self) -> str:
+        """The broken file."""
+        lines = (TREE / self.path).read_text().splitlines()
+        lines[self.line_number] = self.after
+        return "\n".join(lines) + "\n"
+
+    @cached_property
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.path}\n{self.text}".encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.line_number + 1}  {self.fault}  {self.after.strip()}"
+
 
 def mutants_of(path: str) -> Iterator[Mutant]:
     for number, line in enumerate((TREE / path).read_text().splitlines()):
@@ -128,14 +159,14 @@ def mutants_of(path: str) -> Iterator[Mutant]:
                 yield Mutant(path, number, fault, line, changed)
 
 
-def choose(paths: list[str], per_file: int) -> list[Mutant]:
+def choose(paths: Iterable[str], sample: int) -> list[Mutant]:
     chosen = []
     for path in paths:
         found = list(mutants_of(path))
-        always = [mutant for mutant in found if mutant.fault in ALWAYS]
         others = [mutant for mutant in found if mutant.fault not in ALWAYS]
         random.Random(path).shuffle(others)
-        chosen += always + others[: max(0, per_file - len(always))]
+        sampled = {*others[:sample]}
+        chosen += [m for m in found if m.fault in ALWAYS or m in sampled]
     return chosen
 
 
@@ -153,16 +184,16 @@ def copy_tree() -> None:
             shutil.copyfile(source, target)
 
 
-def run_tests(tests: list[str], variant: str) -> tuple[bool, str]:
+def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, str]:
     """Whether all passed, and else what failed first."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", "emulated", "--no-header"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", keyword, "--no-header"]
     command += ["-p", "no:cacheprovider", "-W", "ignore", *tests]
-    environment = {**os.environ, "FUSED_EMULATED_VARIANT": variant}
+    variables = {**os.environ, **environment(variant)}
     try:
         answer = subprocess.run(
             command,
             cwd=TREE,
-            env=environment,
+            env=variables,
             capture_output=True,
             text=True,
             timeout=TIMEOUT,
@@ -182,55 +213,92 @@ def run_tests(tests: list[str], variant: str) -> tuple[bool, str]:
     raise SystemExit(f"pytest ended with {answer.returncode}:\n{answer.stdout}{answer.stderr}")
 
 
-def verdict_on(mutant: Mutant) -> tuple[bool, str]:
-    """Whether it was killed, and by what."""
+def killer_of(mutant: Mutant) -> str | None:
+    """The test that notices, or None."""
     path = TREE / mutant.path
     original = path.read_text()
-    lines = original.splitlines()
-    lines[mutant.line_number] = mutant.after
-    path.write_text("\n".join(lines) + "\n")
     tests = TESTS[mutant.path.split("/")[1]]
     try:
-        passed, reason = run_tests(tests, "quick")
-        if passed:
-            passed, reason = run_tests(tests, "races")
-            reason = reason and f"race detector: {reason}"
+        path.write_text(mutant.text)
+        for variant, keyword, files in (
+            ("quick", "emulated and float32", tests[:1]),
+            ("quick", "emulated", tests),
+            ("races", "emulated and float32", tests[:1]),
+            ("sanitized", "emulated and float32", tests[:1]),
+        ):
+            passed, killer = run_tests(files, variant, keyword)
+            if not passed:
+                return killer if variant == "quick" else f"{killer} ({variant})"
     finally:
         path.write_text(original)
-    return not passed, reason
+    return None
+
+
+class Verdicts:
+    """What was decided: the killer of each mutant, or None, by the broken file's text."""
+
+    def __init__(self, afresh: bool) -> None:
+        self._killers: dict[str, str | None] = {}
+        if VERDICTS.exists() and not afresh:
+            self._killers = json.loads(VERDICTS.read_text())
+
+    def knows(self, mutant: Mutant) -> bool:
+        """A survivor is met again: there may be a new test."""
+        return mutant.key in EQUIVALENT or self._killers.get(mutant.digest) is not None
+
+    def decide(self, mutant: Mutant) -> None:
+        self._killers[mutant.digest] = killer_of(mutant)
+        VERDICTS.write_text(json.dumps(self._killers, indent=1) + "\n")
+
+    def on(self, mutant: Mutant) -> tuple[str, str]:
+        """One word, and what it rests on."""
+        if mutant.key in EQUIVALENT:
+            return "equivalent", EQUIVALENT[mutant.key]
+        if mutant.digest not in self._killers:
+            return "undecided", ""
+        killer = self._killers[mutant.digest]
+        return ("SURVIVED", "no test fails") if killer is None else ("killed", killer)
+
+
+def print_table(mutants: Iterable[Mutant], verdicts: Verdicts) -> Counter[str]:
+    """Mutants by file and verdict; returns the sums."""
+    words = ("killed", "equivalent", "SURVIVED", "undecided")
+    files: dict[str, Counter[str]] = {}
+    for mutant in mutants:
+        files.setdefault(mutant.path, Counter())[verdicts.on(mutant)[0]] += 1
+    sums = sum(files.values(), Counter[str]())
+    width = max(map(len, [*files, "all"]))
+    print("\n" + "file".ljust(width) + "".join(f"  {word}" for word in words))
+    for name, counts in [*files.items(), ("all", sums)]:
+        print(name.ljust(width) + "".join(f"  {counts[word]:{len(word)}}" for word in words))
+    return sums
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", nargs="+", help="kernel source; by default all of csrc")
-    parser.add_argument("--per-file", type=int, default=4, help="mutants at least, barriers first")
-    parser.add_argument("--list", action="store_true", help="only say what would be done")
+    parser.add_argument("--sample", type=int, default=3, help="of each file, besides its barriers")
+    parser.add_argument("--table", action="store_true", help="decide nothing")
+    parser.add_argument("--afresh", action="store_true", help="decide again what was decided")
     options = parser.parse_args()
     copy_tree()
-    folders = [f for f in TESTS if (TREE / "csrc" / f).is_dir()]
     paths = options.files or sorted(
         str(path.relative_to(TREE))
-        for folder in folders
+        for folder in TESTS
         for pattern in ("*.cu", "*.cuh")
         for path in (TREE / "csrc" / folder).glob(pattern)
     )
-    mutants = choose(paths, options.per_file)
-    survivors = 0
+    mutants = choose(paths, options.sample)
+    verdicts = Verdicts(options.afresh)
     for mutant in mutants:
         start = time.monotonic()
-        where = f"{mutant.path}:{mutant.line_number + 1}"
-        if options.list:
-            verdict = ""
-        elif mutant.key in EQUIVALENT:
-            verdict = f"equivalent: {EQUIVALENT[mutant.key]}"
-        else:
-            killed, reason = verdict_on(mutant)
-            survivors += not killed
-            verdict = f"killed by {reason}" if killed else "SURVIVED"
-            verdict += f" ({time.monotonic() - start:.0f} s)"
-        print(f"{where}  {mutant.fault}  {mutant.after.strip()}  {verdict}", flush=True)
-    print(f"{len(mutants)} mutants, {survivors} unexplained survivors")
-    sys.exit(1 if survivors else 0)
+        if not options.table and not verdicts.knows(mutant):
+            verdicts.decide(mutant)
+        word, reason = verdicts.on(mutant)
+        took = f" ({time.monotonic() - start:.0f} s)" if not options.table else ""
+        print(f"{mutant}: {word}: {reason}{took}", flush=True)
+    sums = print_table(mutants, verdicts)
+    sys.exit(1 if sums["SURVIVED"] or sums["undecided"] else 0)
 
 
 if __name__ == "__main__":
