@@ -80,13 +80,15 @@ def load() -> ModuleType:
         )
     try:
         torch.ops.load_library(str(_FOLDER / "libfused.so"))
-        return importlib.import_module("fused._C")
+        kernels = importlib.import_module("fused._C")
     except (ImportError, OSError) as error:
         raise ImportError(
             f"fused: cannot load the compiled part: {error}\n"
             f"       built for {built}\n       and found {here}.\n"
             f"       Build it again: {rebuild_command()}"
         ) from error
+    kernels.isa()  # a FUSED_ISA that names no instruction set is an error now, not in mid-training
+    return kernels
 
 
 def rebuild_command() -> str:

