@@ -27,6 +27,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device(request.param)
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file that a language model can learn something from."""
+    path = tmp_path_factory.mktemp("text") / "rhyme.txt"
+    path.write_text("the cat sat on the mat; the dog dug in the fog.\n" * 60)
+    return path
+
+
 @pytest.fixture
 def emulated_tests_left_out(request: pytest.FixtureRequest) -> str | None:
     """Which tests of the emulated backend this session does not run, in words, if any."""

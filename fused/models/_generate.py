@@ -1,16 +1,42 @@
-"""Choosing the next token from a language model's logits."""
+"""Continuing a prompt: the loop over tokens, and choosing each from the model's logits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import nn
 
 
-def check_prompt(model: str, tokens: torch.Tensor) -> None:
-    """A prompt is a batch of at least one token each; an empty one has nothing to continue."""
+def continue_prompt(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    num_tokens: int,
+    next_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> torch.Tensor:
+    """Adds ``num_tokens`` drawn tokens to every row of ``tokens``, with ``model`` in eval mode.
+
+    ``next_logits(tokens, unread)`` gives the logits ``[B, V]`` of the token after ``tokens``, of
+    which the last ones, ``unread``, are new since the call before.
+    """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(
-            f"{model}: tokens must be [B, T] with T at least 1, got {list(tokens.shape)}"
+            f"{type(model).__name__}: tokens must be [B, T] with T at least 1, "
+            f"got {list(tokens.shape)}"
         )
+    was_training = model.training
+    model.eval()
+    try:
+        unread = tokens
+        for _ in range(num_tokens):
+            unread = choose(next_logits(tokens, unread), temperature, top_k, generator)
+            tokens = torch.cat([tokens, unread], dim=1)
+        return tokens
+    finally:
+        model.train(was_training)
 
 
 def choose(

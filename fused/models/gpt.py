@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from fused.models._generate import check_prompt, choose
+from fused.models._generate import continue_prompt
 from fused.models._layers import LayerName, Layers, layer_set
 
 
@@ -142,14 +142,8 @@ class GPT(nn.Module):
         Returns:
             ``[B, T + num_tokens]``: the prompt and its continuation
         """
-        check_prompt("GPT", tokens)
-        was_training = self.training
-        self.eval()
-        try:
-            for _ in range(num_tokens):
-                logits = self(tokens[:, -self.context_length :])
-                drawn = choose(logits[:, -1], temperature, top_k, generator)
-                tokens = torch.cat([tokens, drawn], dim=1)
-            return tokens
-        finally:
-            self.train(was_training)
+
+        def next_logits(tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+            return self(tokens[:, -self.context_length :])[:, -1]
+
+        return continue_prompt(self, tokens, num_tokens, next_logits, temperature, top_k, generator)

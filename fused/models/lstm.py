@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from fused.models._generate import check_prompt, choose
+from fused.models._generate import continue_prompt
 from fused.models._layers import LayerName, layer_set
 
 # The hidden and the cell state of all layers, each [num_layers, B, hidden_size].
@@ -119,15 +119,11 @@ class LSTMLanguageModel(nn.Module):
         Returns:
             ``[B, T + num_tokens]``: the prompt and its continuation
         """
-        check_prompt("LSTMLanguageModel", tokens)
-        was_training = self.training
-        self.eval()
-        try:
-            state, unread = None, tokens
-            for _ in range(num_tokens):
-                logits, state = self(unread, state)
-                unread = choose(logits[:, -1], temperature, top_k, generator)
-                tokens = torch.cat([tokens, unread], dim=1)
-            return tokens
-        finally:
-            self.train(was_training)
+        state: State | None = None
+
+        def next_logits(_: torch.Tensor, unread: torch.Tensor) -> torch.Tensor:
+            nonlocal state
+            logits, state = self(unread, state)
+            return logits[:, -1]
+
+        return continue_prompt(self, tokens, num_tokens, next_logits, temperature, top_k, generator)
