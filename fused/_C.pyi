@@ -29,20 +29,31 @@ def attention_backward(
     out: Tensor,
     lse: Tensor,
     attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
-) -> tuple[Tensor, Tensor, Tensor]: ...
+    softcap: float,
+    window_left: int,
+    window_right: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def attention_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
     rng: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
+    softcap: float,
+    window_left: int,
+    window_right: int,
 ) -> tuple[Tensor, Tensor]: ...
 def autocast_cast(arg0: Tensor, arg1: dtype) -> Tensor: ...
 def clip_by_norm_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None: ...

@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import _route
+from fused._attention_composite import (
+    MAX_HEAD_DIM,
+    Attended,
+    Options,
+    attention_composite,
+    attention_weights,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_MAX_HEAD_DIM = 512
+_MAX_LENGTH = 2**30
 
 
 def scaled_dot_product_attention(
@@ -24,63 +31,173 @@ def scaled_dot_product_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+    *,
+    causal_alignment: str = "top_left",
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:
     """Attention of each query over all keys, without a score matrix in memory.
 
-    Signature and meaning of :func:`torch.nn.functional.scaled_dot_product_attention`. The forward
-    pass is the online softmax of Milakov & Gimelshein (arXiv:1805.02867), tiled as in
-    FlashAttention (arXiv:2205.14135); the backward pass recomputes the probabilities. Both are
-    deterministic.
+    Signature and meaning of :func:`torch.nn.functional.scaled_dot_product_attention`, and
+    keyword-only extras that combine freely. The forward pass is the online softmax of Milakov &
+    Gimelshein (arXiv:1805.02867), tiled as in FlashAttention (arXiv:2205.14135); the backward pass
+    recomputes the probabilities. Both are deterministic, and a sequence's result does not depend
+    on the batch that it comes in. All floating inputs have gradients.
+
+    The score of query i and key j is ``scale * q·k``, then ``softcap * tanh(score / softcap)``,
+    then ``- alibi_slopes[h] * |i + T - S - j|``, then ``+ attn_mask``; then keys are hidden.
 
     Args:
         query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16.
         key: ``[..., G, T, D]``; G equals H, or divides it with ``enable_gqa``.
         value: ``[..., G, T, Dv]``.
         attn_mask: broadcastable to ``[..., H, S, T]``. Bool: True lets a query see a key. Floating
-            (of any dtype): added to the scaled scores.
+            (of any dtype): added to the scores.
         dropout_p: probability with which each attention weight is dropped. Applied always: pass 0
             in evaluation. The mask is a function of a pair of numbers drawn from the generator of
             the query's device.
-        is_causal: query i sees keys 0 to i. May not be combined with ``attn_mask``.
+        is_causal: query i sees keys 0 to i, beside what the mask says.
         scale: multiplies the scores; ``1 / sqrt(D)`` by default.
         enable_gqa: groups of H / G query heads share a key and value head.
+        causal_alignment: ``"top_left"``, or ``"bottom_right"``: query i then sees keys 0 to
+            i + T - S, so that the last query sees all.
+        window: ``(left, right)``: query i sees keys i + T - S - left to i + T - S + right; -1 for
+            no bound.
+        softcap: bounds the scores to its size, by a tanh. Positive.
+        alibi_slopes: ``[H]``, floating (Press et al., arXiv:2108.12409).
+        sink: ``[H]``, floating: a logit that joins each row's denominator, and nothing else.
+        return_lse: also return the log-sum-exp of each row's scores, sink included.
 
     Returns:
         ``[..., H, S, Dv]`` in the query's dtype. A query that sees no key gives zeros, and no
-        gradient.
+        gradient. With ``return_lse`` also ``[..., H, S]`` in float32 (float64 for float64): -inf
+        for a query that sees no key.
 
     Raises:
         TypeError: dtypes that differ or that are not floating.
-        ValueError: shapes or devices that do not go together, or a dropout_p outside [0, 1].
-        RuntimeError: both ``attn_mask`` and ``is_causal``.
+        ValueError: shapes or devices that do not go together, or an option outside its range.
+        NotImplementedError: keyword-only extras with nested or sparse tensors.
     """
+    options = make_options(
+        query, attn_mask, dropout_p, is_causal, scale,
+        causal_alignment, window, softcap, alibi_slopes, sink,
+    )  # fmt: skip
+    attended = attend(query, key, value, options, enable_gqa, need_lse=return_lse)
+    return (attended.out, attended.lse) if return_lse else attended.out
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: Options,
+    enable_gqa: bool,
+    need_lse: bool = False,
+    need_weights: bool = False,
+) -> Attended:
+    """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
     query, key, value = _route.autocast(query.device.type, query, key, value)  # type: ignore
-    if attn_mask is not None and is_causal:
-        raise RuntimeError("attention: is_causal must be False where attn_mask is given, got both")
-    transform = _route.composite_reason(query, key, value, attn_mask)
-    reason = transform or _unsupported(query, key, value, attn_mask, enable_gqa)
+    transform = _route.composite_reason(query, key, value, *options[:3])
+    reason = transform or _unsupported(query, key, value, options.attn_mask, enable_gqa)
     _route.report("attention", query.device, reason)
-    if transform is not None:
-        constants = (attn_mask, None, dropout_p, is_causal, scale, enable_gqa)
-        return attention_composite(query, key, value, *constants)[0]
     if reason is not None:
-        if attn_mask is not None and attn_mask.is_floating_point():
-            attn_mask = attn_mask.to(query.dtype)
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-        return F.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
+        stock = transform is None and not need_lse and not need_weights
+        return _without_kernel(query, key, value, options, enable_gqa, stock)
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        return _attention(query, key, value, attn_mask, dropout_p, is_causal, scale)
+        return Attended(*_attention(query, key, value, options, need_weights))
     batch = _broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))
-    if attn_mask is not None and attn_mask.dim() > 3:
-        if attn_mask.dim() - 3 > len(batch):
+    mask = options.attn_mask
+    if mask is not None and mask.dim() > 3:
+        if mask.dim() - 3 > len(batch):
             raise ValueError(
                 "attention: attn_mask must have at most as many dimensions as the output "
-                f"({len(batch) + 3}), got {list(attn_mask.shape)}"
+                f"({len(batch) + 3}), got {list(mask.shape)}"
             )
-        attn_mask = _to_four_dims(attn_mask, batch)
-    out = _attention(q, k, v, attn_mask, dropout_p, is_causal, scale)
-    return out.reshape(*batch, *query.shape[-3:-1], value.shape[-1])
+        options = options._replace(attn_mask=_to_four_dims(mask, batch))
+    out, lse, weights = _attention(q, k, v, options, need_weights)
+    shape = (*batch, *query.shape[-3:-1])
+    if weights is not None:
+        weights = weights.reshape(*shape, key.shape[-2])
+    return Attended(out.reshape(*shape, value.shape[-1]), lse.reshape(shape), weights)
+
+
+def make_options(
+    query: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    causal_alignment: str = "top_left",
+    window: tuple[int, int] | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sink: Tensor | None = None,
+) -> Options:
+    """What `scaled_dot_product_attention` was given, checked, as the kernels take it."""
+    if causal_alignment not in ("top_left", "bottom_right"):
+        raise ValueError(
+            "attention: causal_alignment must be 'top_left' or 'bottom_right', "
+            f"got {causal_alignment!r}"
+        )
+    left, right = (-1, -1) if window is None else window
+    if left < -1 or right < -1:
+        raise ValueError(f"attention: window must have bounds of at least -1, got {window}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"attention: softcap must be positive and finite, got {softcap}")
+    if is_causal and causal_alignment == "bottom_right":  # a window that ends at the row
+        is_causal, right = False, 0
+    if alibi_slopes is not None:
+        alibi_slopes = _head_values("alibi_slopes", alibi_slopes, query)
+    if sink is not None:
+        sink = _head_values("sink", sink, query)
+    return Options(
+        attn_mask, alibi_slopes, sink, None, dropout_p, is_causal, scale,
+        0.0 if softcap is None else softcap, left, right,
+    )  # fmt: skip
+
+
+def _head_values(argument: str, values: Tensor, query: Tensor) -> Tensor:
+    """Slopes or sink [H], checked, in the dtype that the kernels compute in."""
+    heads = query.shape[-3] if query.dim() >= 3 else None
+    if values.dim() != 1 or values.shape[0] != heads:
+        raise ValueError(
+            f"attention: {argument} must have one value for each head of query ({heads}), "
+            f"got {list(values.shape)}"
+        )
+    if not values.is_floating_point():
+        raise TypeError(f"attention: {argument} must be floating, got {values.dtype}")
+    if values.device != query.device:
+        raise ValueError(
+            f"attention: {argument} must be on the device of query ({query.device}), "
+            f"got {values.device}"
+        )
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return values.to(dtype).contiguous()
+
+
+def _without_kernel(
+    query: Tensor, key: Tensor, value: Tensor, options: Options, enable_gqa: bool, stock: bool
+) -> Attended:
+    """By PyTorch's own operator where that may be and has the options, else by the composite."""
+    mask, causal = options.attn_mask, options.is_causal
+    stock = stock and options.alibi_slopes is None and options.sink is None
+    stock = stock and options.softcap == 0 and options.window_left < 0 and options.window_right < 0
+    if stock and (mask is None or not causal):
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(query.dtype)
+        arguments = (query, key, value, mask, options.dropout_p, causal)
+        out = F.scaled_dot_product_attention(*arguments, scale=options.scale, enable_gqa=enable_gqa)
+        return Attended(out, None, None)
+    if any(t.is_nested or t.layout != torch.strided for t in (query, key, value)):
+        raise NotImplementedError(
+            "attention: nested and sparse inputs must come with no option beyond "
+            "PyTorch's own, got one"
+        )
+    return attention_composite(query, key, value, options, enable_gqa)
 
 
 def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
@@ -112,16 +229,16 @@ def _unsupported(
         return f"no kernel for dtype {query.dtype}"
     if min(t.dim() for t in tensors) < 3:
         return "an input has fewer than three dimensions"
-    if not 1 <= query.shape[-1] <= _MAX_HEAD_DIM or not 1 <= value.shape[-1] <= _MAX_HEAD_DIM:
+    if not 1 <= query.shape[-1] <= MAX_HEAD_DIM or not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
         return f"no kernel for head_dim {query.shape[-1]} and {value.shape[-1]} (1 to 512)"
+    if max(query.shape[-2], key.shape[-2]) > _MAX_LENGTH:
+        return f"no kernel for lengths {query.shape[-2]} and {key.shape[-2]} (at most 2^30)"
     heads = (query.shape[-3], key.shape[-3], value.shape[-3])
     if enable_gqa and heads[1] != heads[2]:
         return f"heads {heads}: key and value are in groups of their own"
     if not enable_gqa and not heads[0] == heads[1] == heads[2]:
         return f"heads {heads} are broadcast, which enable_gqa=True would make a group"
     if attn_mask is not None:
-        if attn_mask.requires_grad and torch.is_grad_enabled():
-            return "attn_mask requires a gradient"
         if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
             return f"no kernel for an attn_mask of dtype {attn_mask.dtype}"
         if attn_mask.is_nested or attn_mask.layout != torch.strided:
@@ -130,22 +247,20 @@ def _unsupported(
 
 
 def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> Tensor:
-    """[B, H, S, D] in, [B, H, S, Dv] out, by the kernels."""
-    rng = _draw_rng(q.device) if dropout_p > 0 else None
-    constants = (attn_mask, rng, dropout_p, is_causal, scale)
-    if _route.is_traced(q, k, v, attn_mask):
-        return torch.ops.fused.attention_forward(q, k, v, *constants)[0]
-    if _route.needs_grad(q, k, v):
-        return AttentionFunction.apply(q, k, v, *constants)
-    return _route.kernels().attention_forward(q, k, v, *constants)[0]
+    q: Tensor, k: Tensor, v: Tensor, options: Options, need_weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[B, H, S, D] in, by the kernels: out [B, H, S, Dv], lse [B, H, S] and the weights."""
+    if options.dropout_p > 0:
+        options = options._replace(rng=_draw_rng(q.device))
+    mask, slopes, sink = options[:3]
+    if _route.is_traced(q, k, v, mask, slopes, sink):
+        out, lse = torch.ops.fused.attention_forward(q, k, v, *options)
+    elif _route.needs_grad(q, k, v, mask, slopes, sink):
+        out, lse = AttentionFunction.apply(q, k, v, *options)
+    else:
+        out, lse = _route.kernels().attention_forward(q, k, v, *options)
+    weights = attention_weights(q, k, lse, options) if need_weights else None
+    return out, lse, weights
 
 
 def _draw_rng(device: torch.device) -> Tensor:
@@ -154,123 +269,47 @@ def _draw_rng(device: torch.device) -> Tensor:
 
 
 class AttentionFunction(torch.autograd.Function):
-    """The kernels as one differentiable function of q, k and v."""
+    """The kernels as one differentiable function of q, k, v, mask, slopes and sink."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *constants: Any) -> Tensor:
-        out, lse = _route.kernels().attention_forward(q, k, v, *constants)
-        attn_mask, rng, *ctx.options = constants
-        ctx.save_for_backward(q, k, v, out, lse, attn_mask, rng)
-        return out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = _route.kernels().attention_forward(q, k, v, *options)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q, k, v, out, lse, *options[:4])
+        ctx.options = options[4:]
+        return out, lse
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        traced = _route.is_traced(grad_out)
-        return _gradients(ctx, torch.ops.fused if traced else _route.kernels(), grad_out, None)
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        traced = _route.is_traced(grad_out, grad_lse)
+        return _gradients(ctx, torch.ops.fused if traced else _route.kernels(), grad_out, grad_lse)
 
 
 def _gradients(
-    ctx: Any, ops: Any, grad_out: Tensor, maybe_grad_lse: Tensor | None
+    ctx: Any, ops: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs of the op, by `ops.attention_backward` where it can."""
-    q, k, v, out, lse, attn_mask, rng = ctx.saved_tensors
-    constants = (attn_mask, rng, *ctx.options)
-    if _route.needs_composite_gradients(grad_out, maybe_grad_lse):
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    options = Options(*tensors, *ctx.options)
+    needs = list(ctx.needs_input_grad[:6])
+    grads: tuple[Tensor | None, ...]
+    if _route.needs_composite_gradients(grad_out, grad_lse):
 
-        def composite(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-            return attention_composite(q, k, v, *constants)
-
-        grads = _route.composite_gradients(composite, (q, k, v), (grad_out, maybe_grad_lse))
-    else:
-        grads = ops.attention_backward(grad_out, maybe_grad_lse, q, k, v, out, lse, *constants)
-    return (*grads, *[None] * len(constants))
-
-
-def attention_composite(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """The kernels' (out, lse) in plain PyTorch operators, which have every derivative.
-
-    Takes what PyTorch's own function takes, not just four dimensions. Without `rng` the dropout
-    mask comes from PyTorch's generator.
-    """
-    with _route.without_autocast(q.device.type):
-        return _attention_composite(
-            q, k, v, attn_mask, rng, dropout_p, is_causal, scale, enable_gqa
-        )
-
-
-def _attention_composite(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None,
-    rng: Tensor | None,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-) -> tuple[Tensor, Tensor]:
-    queries, keys, values = (
-        t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (q, k, v)
-    )
-    if enable_gqa:
-        keys, values = (
-            t.repeat_interleave(q.shape[-3] // max(t.shape[-3], 1), dim=-3) for t in (keys, values)
-        )
-    scale = scale if scale is not None else 1 / math.sqrt(max(q.shape[-1], 1))
-    scores = (queries @ keys.transpose(-2, -1)) * scale
-    if is_causal:
-        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~visible, -math.inf)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask.to(scores.dtype)
-    # Rows without a key: zeros, and no gradient through the log-sum-exp of nothing.
-    hidden = (scores == -math.inf).all(-1, keepdim=True)
-    scores = scores.masked_fill(hidden, 0.0)
-    weights = torch.softmax(scores, dim=-1).masked_fill(hidden, 0.0)
-    lse = torch.logsumexp(scores, dim=-1).masked_fill(hidden.squeeze(-1), -math.inf)
-    if rng is not None:
-        weights = weights * dropout_mask(rng, dropout_p, weights)
-    elif dropout_p != 0:
-        weights = F.dropout(weights, dropout_p)
-    return (weights @ values).to(q.dtype), lse
-
-
-def dropout_mask(rng: Tensor, dropout_p: float, weights: Tensor) -> Tensor:
-    """What the kernels multiply `weights` [B, H, S, T] by: 0, or 1 / (1 - dropout_p).
-
-    The kernels tell it themselves: with q = 0 every key of a row has the weight 1 / T, and with the
-    identity as v the output is the matrix of weights.
-    """
-    batch, heads, rows, keys = weights.shape
-    q = weights.new_zeros(batch, heads, rows, 1, dtype=torch.float32)
-    k = q.new_zeros(batch, heads, keys, 1)
-    columns = []
-    for start in range(0, keys, _MAX_HEAD_DIM):
-        width = min(_MAX_HEAD_DIM, keys - start)
-        v = q.new_zeros(keys, width)
-        v[start : start + width] = torch.eye(width, device=q.device)
-        v = v.expand(batch, heads, keys, width)
-        with torch.no_grad():
-            run = (
-                torch.ops.fused.attention_forward
-                if _route.is_traced(rng)
-                else (_route.kernels().attention_forward)
+        def composite(*inputs: Any) -> tuple[Tensor, ...]:
+            constants = options._replace(
+                attn_mask=inputs[3], alibi_slopes=inputs[4], sink=inputs[5]
             )
-            columns.append(run(q, k, v, None, rng, dropout_p, False, 1.0)[0])
-    kept = torch.cat(columns, dim=-1) != 0
-    return kept.to(weights.dtype) * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
+            return attention_composite(*inputs[:3], constants)[:2]  # type: ignore
+
+        inputs = (q, k, v, *options[:3])
+        grads = _route.composite_gradients(composite, inputs, (grad_out, grad_lse))
+    else:
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, needs)
+        grads = tuple(grad if needed else None for grad, needed in zip(grads, needs))
+    return (*grads, *[None] * len(options[3:]))
 
 
 def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
@@ -280,7 +319,7 @@ def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) 
 
 
 @torch.library.register_fake("fused::attention_forward")
-def _(q, k, v, attn_mask, rng, dropout_p, is_causal, scale):  # type: ignore[no-untyped-def]
+def _(q, k, v, *options):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, length = q.shape[:3]
     out = _empty_heads(q, batch, heads, length, v.shape[-1])
@@ -288,16 +327,28 @@ def _(q, k, v, attn_mask, rng, dropout_p, is_causal, scale):  # type: ignore[no-
 
 
 @torch.library.register_fake("fused::attention_backward")
-def _(grad_out, grad_lse, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return tuple(_empty_heads(t, *t.shape) for t in (q, k, v))
+def _(grad_out, grad_lse, q, k, v, out, lse, mask, slopes, sink, *options):  # type: ignore
+    *_, needs = options
+    needs_kv = needs[1] or needs[2]
+    grads = [
+        _empty_heads(t, *t.shape) if needed else t.new_empty(0)
+        for t, needed in zip((q, k, v), (needs[0], needs_kv, needs_kv))
+    ]
+    for t, needed in zip((mask, slopes, sink), needs[3:]):
+        needed = needed and t is not None and t.dtype != torch.bool
+        grads.append(t.new_empty(t.shape) if needed else lse.new_empty(0))
+    return tuple(grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, attn_mask, rng, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, attn_mask, rng)
+    q, k, v, *options = inputs
+    ctx.save_for_backward(q, k, v, *output, *options[:4])
+    ctx.options = options[4:]
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, torch.ops.fused, grad_out, grad_lse)
 
 

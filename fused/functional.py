@@ -5,7 +5,15 @@ Each runs a CUDA kernel, a C++ kernel for the CPU, or, for what no kernel covers
 """
 
 from fused._attention import scaled_dot_product_attention
+from fused._attention_composite import merge_attention
 from fused._conv import conv1d, conv2d, conv3d
 from fused._lstm import lstm_cell
 
-__all__ = ["conv1d", "conv2d", "conv3d", "lstm_cell", "scaled_dot_product_attention"]
+__all__ = [
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "lstm_cell",
+    "merge_attention",
+    "scaled_dot_product_attention",
+]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused import reference
-from fused._attention import AttentionFunction, dropout_mask
+from fused._attention import AttentionFunction
+from fused._attention_composite import Options, dropout_mask
 from fused.functional import scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock
 from fused.testing.cases.attention import CASES, AttentionCase
@@ -20,39 +24,70 @@ def gradients(out: Tensor, inputs: list[Tensor], grad_out: Tensor) -> tuple[Tens
     return torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
 
 
-def run_reference(tensors: list[Tensor], options: dict, grad_out: Tensor) -> tuple[Tensor, ...]:
-    inputs = [t.detach().double().requires_grad_() for t in tensors]
+def run(
+    function: Callable, tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+) -> dict[str, Tensor]:
+    """Everything that the function gives: results, and gradients of all that may have one."""
+    inputs = dict(zip(("query", "key", "value"), tensors, strict=True))
+    inputs |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    others = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    leaves = {n: x.requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
+    results = function(**inputs, **others)
+    results = list(results) if isinstance(results, tuple) else [results]
+    # The gradient of a log-sum-exp of nothing is nothing in the definition as well.
+    judged = [r.masked_fill(r == -torch.inf, 0.0) for r in results]
+    grads_out = [g.to(r.dtype) for g, r in zip(grads_out, results)]
+    grads = torch.autograd.grad(judged, list(leaves.values()), grads_out)
+    names = [f"grad of {name}" for name in leaves]
+    return dict(zip(["out", "lse"], results)) | dict(zip(names, grads, strict=True))
+
+
+def cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
+    def convert(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return [convert(t) for t in tensors], {name: convert(x) for name, x in options.items()}
+
+
+def run_reference(
+    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+) -> dict[str, Tensor]:
     kept = {k: v for k, v in options.items() if k != "enable_gqa"}
-    out = reference.scaled_dot_product_attention(*inputs, **kept)
-    return (out, *gradients(out, inputs, grad_out))
+    tensors, kept = cast(tensors, kept, torch.float64)
+    return run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
 
 
-def stock_precision(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def run_stock(tensors: list[Tensor], options: dict, grad_out: Tensor) -> tuple[Tensor, ...]:
+def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
     """PyTorch's own operator in the tensors' dtype (float32 for float64).
 
-    Where it refuses a mask of another dtype or gives NaN for it, the same maths in plain operators.
+    Where it lacks an option, refuses a mask of another dtype or gives NaN for it, the definition in
+    that dtype.
     """
-    q, k, v = inputs = [stock_precision(t.detach().clone()).requires_grad_() for t in tensors]
+    dtype = torch.float32 if tensors[0].dtype == torch.float64 else tensors[0].dtype
     mask = options.get("attn_mask")
-    if mask is None or mask.dtype == torch.bool:
-        out = F.scaled_dot_product_attention(q, k, v, **options)
-    else:
-        group = q.shape[1] // k.shape[1]
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + mask).to(q.dtype)
-        blind = (scores == -torch.inf).all(-1, keepdim=True)
-        out = torch.softmax(scores.masked_fill(blind, 0), -1).masked_fill(blind, 0) @ v
-    return (out, *gradients(out, inputs, grad_out))
+    tensors, options = cast(tensors, options, dtype)
+    if options.keys() <= {"is_causal", "scale", "enable_gqa"} or (
+        mask is not None
+        and mask.dtype == torch.bool
+        and options.keys() <= {"attn_mask", "is_causal", "scale", "enable_gqa"}
+        and not options["is_causal"]
+    ):
+        return run(F.scaled_dot_product_attention, tensors, options, grads_out)
+    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
+    return run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
 
 
-def run_fused(tensors: list[Tensor], options: dict, grad_out: Tensor) -> tuple[Tensor, ...]:
-    inputs = [t.detach().requires_grad_() for t in tensors]
-    out = scaled_dot_product_attention(*inputs, **options)
-    return (out, *gradients(out, inputs, grad_out))
+def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
+    return run(scaled_dot_product_attention, tensors, options, grads_out)
+
+
+def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients of the output and of its log-sum-exp."""
+    generator = torch.Generator().manual_seed(1)
+    q, _, v = tensors
+    shapes = [(*q.shape[:-1], v.shape[-1]), q.shape[:-1]]
+    return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -61,15 +96,15 @@ def test_forward_and_gradients(
     case: AttentionCase, dtype: torch.dtype, backend: torch.device
 ) -> None:
     tensors, options = case.make(dtype, backend)
-    shape = (*tensors[0].shape[:-1], tensors[2].shape[-1])
-    grad_out = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(backend)
-    grad_out = grad_out.to(dtype)
-    expected = run_reference(tensors, options, grad_out)
-    stock = run_stock(tensors, options, grad_out)
-    actual = run_fused(tensors, options, grad_out)
-    names = ("out", "grad_q", "grad_k", "grad_v")
-    for name, a, e, s in zip(names, actual, expected, stock, strict=True):
-        assert_as_accurate_as_stock(a, e, s, name)
+    grads_out = draw_grads(tensors)
+    expected = run_reference(tensors, options, grads_out)
+    stock = run_stock(tensors, options, grads_out)
+    actual = run_fused(tensors, options, grads_out)
+    assert actual.keys() == expected.keys() == stock.keys()
+    for name, result in actual.items():
+        if dtype != torch.float64:  # the definition in float16 has no float32
+            result = result.to(stock[name].dtype)
+        assert_as_accurate_as_stock(result, expected[name], stock[name], name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -80,12 +115,12 @@ def test_log_sum_exp(dtype: torch.dtype, backend: torch.device) -> None:
     q, k, v = tensors
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=backend)
     mask[3] = False
-    _, lse = _route.kernels().attention_forward(q, k, v, mask, None, 0.0, False, None)
+    _, lse = _route.kernels().attention_forward(q, k, v, *Options(mask))
     scores = (q.double() @ k.double().transpose(-2, -1)) * q.shape[-1] ** -0.5
     expected = torch.logsumexp(scores.masked_fill(~mask, -torch.inf), -1)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     assert lse.dtype == compute
-    low = torch.logsumexp(stock_precision(scores.to(compute)).masked_fill(~mask, -torch.inf), -1)
+    low = torch.logsumexp(scores.float().masked_fill(~mask, -torch.inf), -1)
     assert_as_accurate_as_stock(lse, expected, low)
 
 
@@ -96,7 +131,7 @@ def test_dropout_is_one_function_of_its_pair_on_every_backend(backend: torch.dev
     q = torch.zeros(2, 3, 70, 1, device=backend)
     k = torch.zeros(2, 3, 41, 1, device=backend)
     v = torch.eye(41, device=backend).expand(2, 3, 41, 41)
-    kept = _route.kernels().attention_forward(q, k, v, None, rng, 0.25, False, None)[0] > 0
+    kept = _route.kernels().attention_forward(q, k, v, *Options(rng=rng, dropout_p=0.25))[0] > 0
     # The first elements of head (1, 2), from an implementation of the paper in Python integers.
     expected = [
         [philox_keeps(rng.tolist(), 1 * 3 + 2, i, j, 0.25) for j in range(41)] for i in range(70)
@@ -123,7 +158,7 @@ def test_dropout_forward_and_gradients(dropout_p: float, backend: torch.device) 
     tensors, _ = CASES[5].make(torch.float64, backend)
     rng = torch.tensor([42, 43], device=backend)
     inputs = [t.requires_grad_() for t in tensors]
-    out = AttentionFunction.apply(*inputs, None, rng, dropout_p, False, None)
+    out, _ = AttentionFunction.apply(*inputs, *Options(rng=rng, dropout_p=dropout_p))
     keep = dropout_mask(rng, dropout_p, out.new_empty(*out.shape[:3], tensors[1].shape[2]))
     expected = reference.scaled_dot_product_attention(*inputs, keep=keep)
     grad_out = torch.randn_like(out)
@@ -145,18 +180,18 @@ def test_dropout_follows_the_generator(backend: torch.device) -> None:
 
 def test_a_repeated_run_is_bitwise_equal(backend: torch.device) -> None:
     tensors, options = CASES[7].make(torch.float32, backend)
-    grad_out = torch.ones_like(tensors[0])
-    first, second = (run_fused(tensors, options, grad_out) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    grads_out = draw_grads(tensors)
+    first, second = (run_fused(tensors, options, grads_out) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_sequence_does_not_depend_on_its_batch(backend: torch.device) -> None:
     q = torch.randn(3, 2, 70, 16, device=backend)
     grad_out = torch.randn_like(q)
     options = {"is_causal": True}
-    together = run_fused([q, q + 1, q - 1], options, grad_out)
-    alone = run_fused([t[1:2] for t in (q, q + 1, q - 1)], options, grad_out[1:2])
-    assert all(torch.equal(a[1:2], b) for a, b in zip(together, alone, strict=True))
+    together = run_fused([q, q + 1, q - 1], options, [grad_out])
+    alone = run_fused([t[1:2] for t in (q, q + 1, q - 1)], options, [grad_out[1:2]])
+    assert all(torch.equal(together[name][1:2], alone[name]) for name in alone)
 
 
 def test_nan_and_infinity_stay_in_their_row(backend: torch.device) -> None:
@@ -171,16 +206,12 @@ def test_nan_and_infinity_stay_in_their_row(backend: torch.device) -> None:
 
 def test_inputs_that_are_not_what_their_memory_holds(backend: torch.device) -> None:
     x = torch.randn(4, 1, 2, 3, 5, device=backend)
-    negative = [torch._neg_view(t).requires_grad_() for t in x[:3]]
-    plain = [(-t).requires_grad_() for t in x[:3]]
+    negative, plain = [torch._neg_view(t) for t in x[:3]], [-t for t in x[:3]]
     mask = torch._neg_view(torch.randn(3, 3, device=backend))
     grad_out = torch._neg_view(x[3])
-    for a, b in zip(
-        run_fused(negative, {"attn_mask": mask}, grad_out),
-        run_fused(plain, {"attn_mask": mask.resolve_neg()}, -x[3]),
-        strict=True,
-    ):
-        assert torch.equal(a, b)
+    first = run_fused(negative, {"attn_mask": mask}, [grad_out])
+    second = run_fused(plain, {"attn_mask": mask.resolve_neg()}, [-x[3]])
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +258,7 @@ def test_errors(error: type, text: str, change: str, backend: torch.device) -> N
     calls = [_route.kernels().attention_forward, torch.ops.fused.attention_forward]
     for call in calls:
         with pytest.raises(error) as caught:
-            call(q, k, v, mask, None, p, False, None)
+            call(q, k, v, *Options(mask, dropout_p=p))
         assert str(caught.value).splitlines()[0] == text
         assert type(caught.value) is error
 

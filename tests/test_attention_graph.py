@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fused
+from fused._attention import make_options
+from fused._attention_composite import Options
 from fused.functional import scaled_dot_product_attention
 from fused.testing.cases.attention import CASES, AttentionCase
 
@@ -43,7 +45,7 @@ def test_second_derivative_with_dropout() -> None:
     rng = torch.tensor([5, 6])
 
     def function(*qkv: Tensor) -> Tensor:
-        return AttentionFunction.apply(*qkv, None, rng, 0.3, False, None)
+        return AttentionFunction.apply(*qkv, *Options(rng=rng, dropout_p=0.3))[0]
 
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
@@ -91,6 +93,10 @@ def test_forward_mode_and_functorch() -> None:
             "scale",
             "no keys",
             "expanded",
+            "window, causal",
+            "bottom right tall",
+            "sink, blind [S, T]",
+            "everything, bool",
         )
     ],
     ids=lambda c: c.name,
@@ -103,6 +109,7 @@ def test_transforms_mean_what_the_op_means(case: AttentionCase) -> None:
     def loss(*qkv: Tensor) -> Tensor:
         return (scaled_dot_product_attention(*qkv, **options) * grad_out).sum()
 
+    options.pop("return_lse", None)
     transformed = torch.func.grad(loss, argnums=(0, 1, 2))
     expected = torch.autograd.grad(loss(q, k, v), (q, k, v))
     for a, b in zip(transformed(q, k, v), expected, strict=True):
@@ -128,6 +135,9 @@ OPCHECK_CASES = [
     "heads last",
     "no rows",
     "wide values",
+    "window, causal",
+    "everything",
+    "everything, bool",
 ]
 
 
@@ -136,14 +146,20 @@ OPCHECK_CASES = [
 )
 def test_opcheck(case: AttentionCase) -> None:
     (q, k, v), options = case.make(torch.float32, "cpu")
-    constants = (options.get("attn_mask"), None, 0.0, options["is_causal"], options["scale"])
+    options.pop("enable_gqa", None)
+    options.pop("return_lse", None)
+    constants = make_options(q, **options)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    torch.library.opcheck(torch.ops.fused.attention_forward.default, (*leaves, *constants))
-    out, lse = torch.ops.fused.attention_forward(q, k, v, *constants)
-    torch.library.opcheck(
-        torch.ops.fused.attention_backward.default,
-        (torch.ones_like(out), None, q, k, v, out, lse, *constants),
-    )
+    differentiable = [
+        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in constants[:3]
+    ]
+    forward, backward = torch.ops.fused.attention_forward, torch.ops.fused.attention_backward
+    torch.library.opcheck(forward.default, (*leaves, *differentiable, *constants[3:]))
+    out, lse = forward(q, k, v, *constants)
+    for needs in ([True] * 6, [False, True, False, False, False, True]):
+        inputs = (torch.ones_like(out), None, q, k, v, out, lse, *constants, needs)
+        torch.library.opcheck(backward.default, inputs)
 
 
 def test_compiled_graph_with_dynamic_shapes() -> None:
@@ -263,7 +279,7 @@ def test_output_can_be_changed_in_place_where_it_is_not_needed(registered: bool)
 
     def attend() -> Tensor:
         if registered:
-            return torch.ops.fused.attention_forward(q, q, v, None, None, 0.0, False, None)[0]
+            return torch.ops.fused.attention_forward(q, q, v, *Options())[0]
         return scaled_dot_product_attention(q, q, v)
 
     out = attend()

@@ -105,7 +105,6 @@ def test_bad_input_is_refused() -> None:
     bad = [
         ((q, q[..., :3], q), {}),
         ((q, q, q[..., :2, :]), {}),
-        ((q, q, q), {"attn_mask": torch.ones(3, 3, dtype=torch.bool), "is_causal": True}),
         ((q, q, q), {"attn_mask": torch.ones(5, 5, dtype=torch.bool)}),
         ((q, q.double(), q), {}),
         ((q, q[:, :1], q[:, :1].expand(1, 3, 3, 4)), {"enable_gqa": True}),

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # build_support
 
 import fused
 from fused import _info, _load
+from fused._attention_composite import Options
 from fused._load import Target
 
 HERE = _load.found()
@@ -90,7 +91,7 @@ def test_exceptions_of_the_bindings_are_pythons_own() -> None:
     """With another pybind11 than torch's they would arrive as RuntimeError."""
     q = torch.zeros(1, 2, 3, 4)
     rng = torch.zeros(2, dtype=torch.int64)
-    arguments = (None, rng, 0.0, False, None)
+    arguments = Options(rng=rng)
     kernels = _load.load()
     with pytest.raises(ValueError, match=r"^attention: "):
         kernels.attention_forward(q, torch.zeros(1, 2, 3, 5), q, *arguments)

@@ -4,8 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/empty_strided.h>
-#include <c10/util/accumulate.h>
+#include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "attention/attention_ops.h"
@@ -99,18 +100,55 @@ void set_dropout(AttentionProblem& problem, double dropout_p,
   problem.keep_scale = dropout_p == 1 ? 0 : 1 / (1 - dropout_p);
 }
 
+// The op's options as they come.
+struct Options {
+  const std::optional<at::Tensor>&attn_mask, &alibi_slopes, &sink, &rng;
+  double dropout_p;
+  bool is_causal;
+  std::optional<double> scale;
+  double softcap;
+  int64_t window_left, window_right;
+};
+
+at::ScalarType compute_dtype(const at::Tensor& q) {
+  return q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_compute_dtype(const char* argument, const at::Tensor& tensor, const at::Tensor& q) {
+  check_same_device(kOp, argument, tensor, "q", q);
+  FUSED_CHECK_TYPE(tensor.scalar_type() == compute_dtype(q), kOp, ": ", argument,
+                   " must be float32 (float64 for float64), got ", tensor.scalar_type());
+}
+
+// A value for each head, or nullptr.
+const void* head_values(const char* argument, const std::optional<at::Tensor>& maybe_values,
+                        const at::Tensor& q) {
+  if (!maybe_values) return nullptr;
+  check_shape(kOp, argument, *maybe_values, {q.size(1)});
+  check_compute_dtype(argument, *maybe_values, q);
+  FUSED_CHECK_VALUE(maybe_values->is_contiguous(), kOp, ": ", argument,
+                    " must be contiguous, got strides ", maybe_values->strides());
+  return maybe_values->const_data_ptr();
+}
+
+// A bound beyond all keys is one that no length can reach.
+int32_t window_bound(const char* argument, int64_t bound) {
+  FUSED_CHECK_VALUE(bound >= -1, kOp, ": ", argument, " must be at least -1, got ", bound);
+  return static_cast<int32_t>(std::min<int64_t>(bound, kMaxLength));
+}
+
 // Fills what the forward and the backward pass share. The tensors outlive the params.
 void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
-                  const at::Tensor& v, const std::optional<at::Tensor>& attn_mask,
-                  const std::optional<at::Tensor>& rng, double dropout_p, bool is_causal,
-                  std::optional<double> scale) {
+                  const at::Tensor& v, const Options& options) {
   problem.q = q.const_data_ptr();
   problem.k = k.const_data_ptr();
   problem.v = v.const_data_ptr();
   problem.q_strides = head_strides(q);
   problem.k_strides = head_strides(k);
   problem.v_strides = head_strides(v);
-  if (attn_mask) problem.mask = make_mask(*attn_mask, q, k);
+  if (options.attn_mask) problem.mask = make_mask(*options.attn_mask, q, k);
+  problem.maybe_alibi_slopes = head_values("alibi_slopes", options.alibi_slopes, q);
+  problem.maybe_sink = head_values("sink", options.sink, q);
   problem.batch = checked_int32(kOp, "the batch", q.size(0));
   problem.num_heads = checked_int32(kOp, "the number of heads", q.size(1));
   problem.num_heads_kv = checked_int32(kOp, "the number of key heads", k.size(1));
@@ -118,31 +156,53 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.seqlen_k = checked_int32(kOp, "the length of k", k.size(2));
   problem.head_dim = checked_int32(kOp, "head_dim", q.size(3));
   problem.head_dim_v = checked_int32(kOp, "the head_dim of v", v.size(3));
-  problem.scale = scale ? *scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
-  problem.causal = is_causal;
+  problem.window_left = window_bound("window_left", options.window_left);
+  problem.window_right = window_bound("window_right", options.window_right);
+  problem.scale = options.scale ? *options.scale : 1 / std::sqrt(static_cast<double>(q.size(3)));
+  FUSED_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kOp,
+                    ": softcap must be positive and finite, or 0 for none, got ", options.softcap);
+  problem.softcap = options.softcap;
+  problem.causal = options.is_causal;
   problem.dtype = dtype_of(kOp, "q", q);
-  set_dropout(problem, dropout_p, rng, q);
+  set_dropout(problem, options.dropout_p, options.rng, q);
   check_supported(kOp, attention_unsupported(problem));
 }
 
+// Zeros in the mask's own shape, and where the kernels add up what it gets.
+at::Tensor make_mask_gradient(const at::Tensor& mask, const at::Tensor& q,
+                              ScoreGradient& gradient) {
+  const at::Tensor grad = at::zeros(mask.sizes(), q.options().dtype(compute_dtype(q)));
+  if (grad.numel() == 0) return grad;
+  int64_t strides[] = {0, 0, 0, 0};
+  for (int64_t i = 0; i < grad.dim(); ++i) {
+    if (grad.size(i) != 1) strides[4 - grad.dim() + i] = grad.stride(i);
+  }
+  gradient = {grad.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  return grad;
+}
+
+at::Tensor not_needed(const at::Tensor& like) { return at::empty({0}, like.options()); }
+
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q_in, const at::Tensor& k_in,
-                                                     const at::Tensor& v_in,
-                                                     const std::optional<at::Tensor>& attn_mask,
-                                                     const std::optional<at::Tensor>& rng,
-                                                     double dropout_p, bool is_causal,
-                                                     std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor> attention_forward(
+    const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+    const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng, double dropout_p,
+    bool is_causal, std::optional<double> scale, double softcap, int64_t window_left,
+    int64_t window_right) {
   check_operands(q_in, k_in, v_in);
   const c10::DeviceGuard guard(q_in.device());
   const at::Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
                    v = with_contiguous_rows(v_in);
   AttentionForwardParams params{};
-  fill_problem(params, q, k, v, attn_mask, rng, dropout_p, is_causal, scale);
+  fill_problem(params, q, k, v,
+               {attn_mask, alibi_slopes, sink, rng, dropout_p, is_causal, scale, softcap,
+                window_left, window_right});
 
-  const auto lse_dtype = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor out = empty_heads(q, q.size(0), q.size(1), q.size(2), v.size(3));
-  at::Tensor lse = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(lse_dtype));
+  at::Tensor lse =
+      at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(compute_dtype(q)));
   if (lse.numel() == 0) return {out, lse};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
@@ -151,18 +211,23 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(const at::Tensor& q_in, con
   return {out, lse};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
-    const at::Tensor& grad_out_in, const std::optional<at::Tensor>& grad_lse_in,
-    const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-    const at::Tensor& out_in, const at::Tensor& lse_in, const std::optional<at::Tensor>& attn_mask,
-    const std::optional<at::Tensor>& rng, double dropout_p, bool is_causal,
-    std::optional<double> scale) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
+attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor>& grad_lse_in,
+                   const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
+                   const at::Tensor& out_in, const at::Tensor& lse_in,
+                   const std::optional<at::Tensor>& attn_mask,
+                   const std::optional<at::Tensor>& alibi_slopes,
+                   const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,
+                   double dropout_p, bool is_causal, std::optional<double> scale, double softcap,
+                   int64_t window_left, int64_t window_right, std::array<bool, 6> needs) {
   check_operands(q_in, k_in, v_in);
   const c10::DeviceGuard guard(q_in.device());
   const at::Tensor q = with_contiguous_rows(q_in), k = with_contiguous_rows(k_in),
                    v = with_contiguous_rows(v_in);
   AttentionBackwardParams params{};
-  fill_problem(params, q, k, v, attn_mask, rng, dropout_p, is_causal, scale);
+  fill_problem(params, q, k, v,
+               {attn_mask, alibi_slopes, sink, rng, dropout_p, is_causal, scale, softcap,
+                window_left, window_right});
 
   const int64_t out_shape[] = {q.size(0), q.size(1), q.size(2), v.size(3)};
   const at::IntArrayRef lse_shape(out_shape, 3);
@@ -173,39 +238,61 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_backward(
   };
   const auto check_like_lse = [&](const char* argument, const at::Tensor& tensor) {
     check_shape(kOp, argument, tensor, lse_shape);
-    check_same_device(kOp, argument, tensor, "q", q);
-    FUSED_CHECK_TYPE(
-        tensor.scalar_type() == (q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat), kOp,
-        ": ", argument, " must be float32 (float64 for float64), got ", tensor.scalar_type());
+    check_compute_dtype(argument, tensor, q);
   };
   check_like_out("grad_out", grad_out_in);
   check_like_out("out", out_in);
   check_like_lse("lse", lse_in);
   if (grad_lse_in) check_like_lse("grad_lse", *grad_lse_in);
+  const bool needs_mask = needs[3] && params.mask.kind == MaskKind::kAdditive;
+  const bool needs_slopes = needs[4] && alibi_slopes, needs_sink = needs[5] && sink;
   const at::Tensor grad_out = with_contiguous_rows(grad_out_in), out = with_contiguous_rows(out_in);
   const at::Tensor lse = lse_in.contiguous();
   const at::Tensor grad_lse = grad_lse_in ? grad_lse_in->contiguous() : at::Tensor();
   const at::Tensor delta = at::empty_like(lse);
+  const at::Tensor row_alibi = needs_slopes ? at::empty_like(lse) : at::Tensor();
 
-  at::Tensor grad_q = empty_heads(q, q.size(0), q.size(1), q.size(2), q.size(3));
-  at::Tensor grad_k = empty_heads(k, k.size(0), k.size(1), k.size(2), k.size(3));
-  at::Tensor grad_v = empty_heads(v, v.size(0), v.size(1), v.size(2), v.size(3));
-  if (lse.numel() == 0) return {grad_q, grad_k.zero_(), grad_v.zero_()};
-  params.out = out.const_data_ptr();
-  params.grad_out = grad_out.const_data_ptr();
-  params.lse = lse.const_data_ptr();
-  params.maybe_grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr() : nullptr;
-  params.delta = delta.mutable_data_ptr();
-  params.grad_q = grad_q.mutable_data_ptr();
-  params.grad_k = grad_k.mutable_data_ptr();
-  params.grad_v = grad_v.mutable_data_ptr();
-  params.out_strides = head_strides(out);
-  params.grad_out_strides = head_strides(grad_out);
-  params.grad_q_strides = head_strides(grad_q);
-  params.grad_k_strides = head_strides(grad_k);
-  params.grad_v_strides = head_strides(grad_v);
-  check_status(kOp, FUSED_DISPATCH(q, attention_backward, params));
-  return {grad_q, grad_k, grad_v};
+  const auto gradient_of = [](const at::Tensor& x, bool needed) {
+    return needed ? empty_heads(x, x.size(0), x.size(1), x.size(2), x.size(3)) : not_needed(x);
+  };
+  const bool needs_kv = needs[1] || needs[2];  // one pass gives both
+  at::Tensor grad_q = gradient_of(q, needs[0]);
+  at::Tensor grad_k = gradient_of(k, needs_kv), grad_v = gradient_of(v, needs_kv);
+  at::Tensor grad_mask =
+      needs_mask ? make_mask_gradient(*attn_mask, q, params.maybe_grad_mask) : not_needed(lse);
+  at::Tensor grad_slopes =
+      needs_slopes ? at::zeros(alibi_slopes->sizes(), alibi_slopes->options()) : not_needed(lse);
+  at::Tensor grad_sink = needs_sink ? at::zeros(sink->sizes(), sink->options()) : not_needed(lse);
+  if (lse.numel() > 0) {
+    params.out = out.const_data_ptr();
+    params.grad_out = grad_out.const_data_ptr();
+    params.lse = lse.const_data_ptr();
+    params.maybe_grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr() : nullptr;
+    params.delta = delta.mutable_data_ptr();
+    params.out_strides = head_strides(out);
+    params.grad_out_strides = head_strides(grad_out);
+    if (needs[0]) {
+      params.maybe_grad_q = grad_q.mutable_data_ptr();
+      params.grad_q_strides = head_strides(grad_q);
+    }
+    if (needs_kv) {
+      params.maybe_grad_k = grad_k.mutable_data_ptr();
+      params.maybe_grad_v = grad_v.mutable_data_ptr();
+      params.grad_k_strides = head_strides(grad_k);
+      params.grad_v_strides = head_strides(grad_v);
+    }
+    if (needs_slopes) {
+      params.maybe_row_alibi = row_alibi.mutable_data_ptr();
+      params.maybe_grad_alibi_slopes = grad_slopes.mutable_data_ptr();
+    }
+    if (needs_sink) params.maybe_grad_sink = grad_sink.mutable_data_ptr();
+    check_status(kOp, FUSED_DISPATCH(q, attention_backward, params));
+  } else if (needs_kv) {
+    grad_k.zero_();
+    grad_v.zero_();
+  }
+  if (needs_mask) grad_mask = grad_mask.to(attn_mask->scalar_type());
+  return {grad_q, grad_k, grad_v, grad_mask, grad_slopes, grad_sink};
 }
 
 }  // namespace fused

@@ -1,11 +1,15 @@
 // Scaled dot-product attention: what the kernels compute, and everything they read or write.
 //
-//   s[i, j] = scale * q[i] . k[j] + mask[i, j]        -inf where the mask or causality hides j
-//   p[i, j] = exp(s[i, j] - lse[i]),  lse[i] = log(sum_j exp(s[i, j]))
+//   x[i, j] = scale * q[i] . k[j]
+//   s[i, j] = softcap * tanh(x[i, j] / softcap) - alibi_slopes[h] * |i + T - S - j| + mask[i, j]
+//   p[i, j] = exp(s[i, j] - lse[i]),  lse[i] = log(exp(sink[h]) + sum_j exp(s[i, j]))
 //   out[i]  = sum_j keep[i, j] * p[i, j] * v[j]        keep = 0 or 1 / (1 - dropout_p)
 //
-// A row i that sees no key has lse = -inf, out = 0 and gives no gradient. NaN and infinities in the
-// inputs go where this maths takes them.
+// Without softcap s begins with x, without alibi_slopes, mask or sink their term is missing. s is
+// -inf where the mask, causality or the window hides j from i.
+//
+// A row i that sees no key has lse = -inf, out = 0 and gives no gradient, not even to the sink. NaN
+// and infinities in the inputs go where this maths takes them.
 //
 // B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a
 // multiple of G), D = head_dim of q and k, Dv = head_dim of v.
@@ -20,6 +24,7 @@
 namespace fused {
 
 constexpr int32_t kMaxHeadDim = 512;
+constexpr int32_t kMaxLength = 1 << 30;  // a length and a tile's size add up to an int32
 
 // In elements; the last dimension is contiguous.
 struct HeadStrides {
@@ -43,10 +48,14 @@ struct AttentionProblem {
   const void* v;  // [B, G, T, Dv]
   HeadStrides q_strides, k_strides, v_strides;
   AttentionMask mask;
+  const void* maybe_alibi_slopes;  // [H], float (double for double)
+  const void* maybe_sink;          // [H], float (double for double)
   const int64_t* maybe_rng;  // [2]: seed and offset of the dropout mask, on the tensors' device
   int32_t batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  int32_t window_left, window_right;  // row i sees the keys around i + T - S; -1: no bound
   uint32_t drop_threshold;  // an element is dropped where its 32 random bits are below this
   double scale;             // multiplies q . k
+  double softcap;           // 0: none
   double keep_scale;        // 1 / (1 - dropout_p), 0 where everything is dropped
   bool causal;              // row i sees the keys 0 .. i, as torch aligns it
   DType dtype;
@@ -58,16 +67,27 @@ struct AttentionForwardParams : AttentionProblem {
   HeadStrides out_strides;
 };
 
+// A tensor of shape [B, H, S, T] that takes the sum of ds over each dimension of stride 0.
+struct ScoreGradient {
+  void* data;  // float (double for double)
+  int64_t batch_stride, head_stride, row_stride, column_stride;
+};
+
+// Gradients that are null are not wanted; grad_k and grad_v come together.
 struct AttentionBackwardParams : AttentionProblem {
   const void* out;             // [B, H, S, Dv], as the forward pass left it
   const void* grad_out;        // [B, H, S, Dv]
   const void* lse;             // [B, H, S] contiguous, float (double for double)
   const void* maybe_grad_lse;  // [B, H, S] contiguous, like lse
-  void* delta;   // [B, H, S] contiguous, like lse: scratch, sum(grad_out * out) - grad_lse
-  void* grad_q;  // [B, H, S, D]
-  void* grad_k;  // [B, G, T, D]
-  void* grad_v;  // [B, G, T, Dv]
+  void* delta;         // [B, H, S] contiguous, like lse: scratch, sum(grad_out * out) - grad_lse
+  void* maybe_grad_q;  // [B, H, S, D]
+  void* maybe_grad_k;  // [B, G, T, D]
+  void* maybe_grad_v;  // [B, G, T, Dv]
   HeadStrides out_strides, grad_out_strides, grad_q_strides, grad_k_strides, grad_v_strides;
+  ScoreGradient maybe_grad_mask;  // data may be null
+  void* maybe_grad_alibi_slopes;  // [H], like lse
+  void* maybe_row_alibi;          // [B, H, S] contiguous, like lse: scratch, by row
+  void* maybe_grad_sink;          // [H], like lse
 };
 
 static_assert(std::is_trivially_copyable_v<AttentionBackwardParams>);
@@ -78,6 +98,8 @@ inline const char* attention_unsupported(const AttentionProblem& problem) {
   if (problem.head_dim < 1 || problem.head_dim_v < 1) return "no kernel for an empty head_dim";
   if (problem.head_dim > kMaxHeadDim) return "no kernel for head_dim above 512";
   if (problem.head_dim_v > kMaxHeadDim) return "no kernel for a value head_dim above 512";
+  if (problem.seqlen_q > kMaxLength) return "no kernel for a length of q above 2^30";
+  if (problem.seqlen_k > kMaxLength) return "no kernel for a length of k above 2^30";
   return nullptr;
 }
 

@@ -4,13 +4,13 @@
 // order.
 //
 //   p      = exp(s - lse),  dp = keep * (grad_out . v),  ds = p * (dp - delta)
-//   grad_q = scale * ds k,  grad_k = scale * ds^T q,  grad_v = (keep * p)^T grad_out
+//   dx     = ds * (1 - tanh(x / softcap)^2),  ds without a softcap
+//   grad_q = scale * dx k,  grad_k = scale * dx^T q,  grad_v = (keep * p)^T grad_out
 //   delta  = sum(grad_out * out) - grad_lse, for each row
 //
 // A block computes kOwn rows by kWidth columns of one head's gradient. Who holds what:
 // attention_tile.cuh.
-#include "attention/attention_score.h"
-#include "attention/attention_tile.cuh"
+#include "attention/attention_backward.cuh"
 
 namespace fused {
 namespace {
@@ -60,6 +60,8 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   const auto v = head_matrix<T>(p.v, p.v_strides, place.batch, head_kv, p.seqlen_k, p.head_dim_v);
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
+  const Band band = visible_band(p);
+  const int32_t own_length = kOwnsQueries ? p.seqlen_q : p.seqlen_k;
   A result[kRowsPerThread][kValuesPerThread] = {};
   // A key's gradient sums over all query heads that share it.
   const int32_t head_begin = kOwnsQueries ? place.head : place.head * group;
@@ -68,15 +70,13 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     const auto q = head_matrix<T>(p.q, p.q_strides, place.batch, head, p.seqlen_q, p.head_dim);
     const auto grad_out =
         head_matrix<T>(p.grad_out, p.grad_out_strides, place.batch, head, p.seqlen_q, p.head_dim_v);
-    const int64_t row_base = (static_cast<int64_t>(place.batch) * p.num_heads + head) * p.seqlen_q;
-    const A* lse = static_cast<const A*>(p.lse) + row_base;
-    const A* delta = static_cast<const A*>(p.delta) + row_base;
 
-    const int32_t last_own = min(place.own_row + kOwn, p.seqlen_q) - 1;
-    const int32_t begin = kOwnsQueries ? 0 : first_row_seeing(p, place.own_row) / kOther * kOther;
-    const int32_t end = kOwnsQueries ? visible_keys(p, last_own) : p.seqlen_q;
-    for (int32_t other_row = begin; other_row < end; other_row += kOther) {
-      A scores[kRowsPerThread][kColumnsPerThread], dots[kRowsPerThread][kColumnsPerThread];
+    const int32_t last_own = min(place.own_row + kOwn, own_length) - 1;
+    const Range others = kOwnsQueries ? keys_seen_by(p, band, place.own_row, last_own)
+                                      : rows_seeing(p, band, place.own_row, last_own);
+    for (int32_t other_row = others.begin; other_row < others.end; other_row += kOther) {
+      A scores[kRowsPerThread][kColumnsPerThread];
+      A dots[kRowsPerThread][kColumnsPerThread] = {};  // grad_v does without
       if (kOwnsQueries) {
         pair_products(tiles, q, place.own_row, k, other_row, scores);
         pair_products(tiles, grad_out, place.own_row, v, other_row, dots);
@@ -93,20 +93,10 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
           const int32_t own = place.own_row + thread_row + r;
           const int32_t other = other_row + thread_column + 16 * c;
           const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
-          A weight = 0;
-          if (row < p.seqlen_q && column < p.seqlen_k) {
-            const A score = masked_score(p, place.batch, head, row, column, scores[r][c]);
-            if (score != -INFINITY) {  // hidden keys get no gradient, not even a NaN
-              const A probability = exp(score - lse[row]);
-              const A keep = p.maybe_rng == nullptr
-                                 ? A(1)
-                                 : dropout_scale<A>(p, place.batch, head, row, column);
-              weight = kGradient == Gradient::kValue
-                           ? keep * probability
-                           : probability * (keep * dots[r][c] - delta[row]);
-            }
-          }
-          tiles.weights[thread_row + r][thread_column + 16 * c] = weight;
+          const ScoreWeight<A> weight =
+              score_weight(p, band, place.batch, head, row, column, scores[r][c], dots[r][c]);
+          tiles.weights[thread_row + r][thread_column + 16 * c] =
+              kGradient == Gradient::kValue ? weight.kept : weight.gradient * weight.slope;
         }
       }
       const auto& values = kGradient == Gradient::kQuery ? k
@@ -122,14 +112,14 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     row_scale[r] = kGradient == Gradient::kValue ? A(1) : static_cast<A>(p.scale);
   }
   if (kGradient == Gradient::kQuery) {
-    store_result<T>(p.grad_q, p.grad_q_strides, place.batch, place.head, place.own_row, p.seqlen_q,
-                    place.column, columns, result, row_scale);
+    store_result<T>(p.maybe_grad_q, p.grad_q_strides, place.batch, place.head, place.own_row,
+                    p.seqlen_q, place.column, columns, result, row_scale);
   } else if (kGradient == Gradient::kKey) {
-    store_result<T>(p.grad_k, p.grad_k_strides, place.batch, place.head, place.own_row, p.seqlen_k,
-                    place.column, columns, result, row_scale);
+    store_result<T>(p.maybe_grad_k, p.grad_k_strides, place.batch, place.head, place.own_row,
+                    p.seqlen_k, place.column, columns, result, row_scale);
   } else {
-    store_result<T>(p.grad_v, p.grad_v_strides, place.batch, place.head, place.own_row, p.seqlen_k,
-                    place.column, columns, result, row_scale);
+    store_result<T>(p.maybe_grad_v, p.grad_v_strides, place.batch, place.head, place.own_row,
+                    p.seqlen_k, place.column, columns, result, row_scale);
   }
 }
 
@@ -155,10 +145,14 @@ Status attention_backward_cuda(const AttentionBackwardParams& params, Stream str
     if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
     Status status = launch(attention_backward_delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                            dim3(kAttentionThreads), 0, stream, params);
-    if (status == nullptr) status = launch_gradient<Gradient::kQuery, T>(params, stream);
-    if (status == nullptr) status = launch_gradient<Gradient::kKey, T>(params, stream);
-    if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(params, stream);
-    return status;
+    if (status == nullptr && params.maybe_grad_q != nullptr) {
+      status = launch_gradient<Gradient::kQuery, T>(params, stream);
+    }
+    if (status == nullptr && params.maybe_grad_k != nullptr) {
+      status = launch_gradient<Gradient::kKey, T>(params, stream);
+      if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(params, stream);
+    }
+    return status == nullptr ? attention_backward_scores_cuda(params, stream) : status;
   });
 }
 

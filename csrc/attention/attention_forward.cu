@@ -71,9 +71,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
     running.sum[r] = 0;
   }
 
+  const Band band = visible_band(p);
   const int32_t last_row = min(place.own_row + kOwn, p.seqlen_q) - 1;
-  const int32_t key_end = visible_keys(p, last_row);
-  for (int32_t key_row = 0; key_row < key_end; key_row += kOther) {
+  const Range keys = keys_seen_by(p, band, place.own_row, last_row);
+  for (int32_t key_row = keys.begin; key_row < keys.end; key_row += kOther) {
     // Scores, into shared memory.
     A scores[kRowsPerThread][kColumnsPerThread];
     pair_products(tiles, q, place.own_row, k, key_row, scores);
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
         const int32_t column = key_row + thread_column + 16 * c;
         tiles.weights[thread_row + r][thread_column + 16 * c] =
             row < p.seqlen_q && column < p.seqlen_k
-                ? masked_score(p, place.batch, place.head, row, column, scores[r][c])
-                : -static_cast<A>(INFINITY);
+                ? final_score(p, band, place.batch, place.head, row, column, scores[r][c]).value
+                : kHiddenScore<A>;
       }
     }
 
@@ -101,22 +102,21 @@ __global__ void __launch_bounds__(kAttentionThreads)
     accumulate(tiles, v, key_row, place.column, result);
   }
 
-  // Results and log-sum-exp. A row that saw no key has the sum 0 and gives zeros.
+  // Results and log-sum-exp.
   const int warp_row = threadIdx.x / kWarpSize * kRowsPerWarp, lane = threadIdx.x % kWarpSize;
   const int first_result_row = lane / 16 * kRowsPerThread;
   A row_scale[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
-    const A sum = running.sum[r];
+    const RowEnd<A> end = end_row(p, place.head, running.max[r], running.sum[r]);
     if (r >= first_result_row && r < first_result_row + kRowsPerThread) {
-      row_scale[r % kRowsPerThread] = sum == 0 ? A(0) : 1 / sum;
+      row_scale[r % kRowsPerThread] = end.scale;
     }
     const int32_t row = place.own_row + warp_row + r;
     if (lane == 0 && place.column == 0 && row < p.seqlen_q) {
       const int64_t index =
           (static_cast<int64_t>(place.batch) * p.num_heads + place.head) * p.seqlen_q + row;
-      static_cast<A*>(p.lse)[index] =
-          sum == 0 ? -static_cast<A>(INFINITY) : running.max[r] + log(sum);
+      static_cast<A*>(p.lse)[index] = end.lse;
     }
   }
   store_result<T>(p.out, p.out_strides, place.batch, place.head, place.own_row, p.seqlen_q,

@@ -1,19 +1,75 @@
-// One element of the score matrix: mask, causality and dropout, the same on every backend.
+// One element of the score matrix, the same on every backend: which keys a row sees, what becomes
+// of q . k, how a row's softmax ends, and dropout.
 #pragma once
+
+#include <cmath>
 
 #include "attention/attention.h"
 #include "common/philox.h"
 
 namespace fused {
 
-// The keys that row `row` can see end here.
-FUSED_HOST_DEVICE int32_t visible_keys(const AttentionProblem& problem, int32_t row) {
-  return problem.causal && row + 1 < problem.seqlen_k ? row + 1 : problem.seqlen_k;
+struct Range {
+  int32_t begin, end;
+};
+
+// Row i sees the keys j with low <= j - i <= high: causality and the window in one.
+struct Band {
+  int32_t low, high;
+};
+
+FUSED_HOST_DEVICE Band visible_band(const AttentionProblem& problem) {
+  constexpr int64_t kFar = kMaxLength;  // no element is as far from the diagonal
+  const int64_t aligned = static_cast<int64_t>(problem.seqlen_k) - problem.seqlen_q;
+  const int64_t low = problem.window_left < 0 ? -kFar : aligned - problem.window_left;
+  int64_t high = problem.window_right < 0 ? kFar : aligned + problem.window_right;
+  if (problem.causal && high > 0) high = 0;
+  return {static_cast<int32_t>(low < -kFar ? -kFar : low),
+          static_cast<int32_t>(high > kFar ? kFar : high)};
 }
 
-// The first row that can see key `column`.
-FUSED_HOST_DEVICE int32_t first_row_seeing(const AttentionProblem& problem, int32_t column) {
-  return problem.causal ? column : 0;
+FUSED_HOST_DEVICE bool is_visible(const Band& band, int32_t row, int32_t column) {
+  return column - row >= band.low && column - row <= band.high;
+}
+
+FUSED_HOST_DEVICE Range clamped_range(int64_t begin, int64_t end, int32_t length) {
+  return {static_cast<int32_t>(begin > 0 ? begin : 0),
+          static_cast<int32_t>(end < length ? end : length)};
+}
+
+// The keys that any of the rows first .. last sees. Where there are none, end <= begin.
+FUSED_HOST_DEVICE Range keys_seen_by(const AttentionProblem& problem, const Band& band,
+                                     int32_t first, int32_t last) {
+  return clamped_range(static_cast<int64_t>(first) + band.low,
+                       static_cast<int64_t>(last) + band.high + 1, problem.seqlen_k);
+}
+
+// The rows that see any of the keys first .. last. Where there are none, end <= begin.
+FUSED_HOST_DEVICE Range rows_seeing(const AttentionProblem& problem, const Band& band,
+                                    int32_t first, int32_t last) {
+  return clamped_range(static_cast<int64_t>(first) - band.high,
+                       static_cast<int64_t>(last) - band.low + 1, problem.seqlen_q);
+}
+
+template <typename A>
+constexpr A kHiddenScore = -static_cast<A>(__builtin_huge_val());
+
+// A score, and its derivative by scale * q . k.
+template <typename A>
+struct Score {
+  A value, slope;
+};
+
+template <typename A>
+FUSED_HOST_DEVICE Score<A> softcapped(A softcap, A tanh_of_ratio) {
+  return {softcap * tanh_of_ratio, 1 - tanh_of_ratio * tanh_of_ratio};
+}
+
+// How far key `column` is from where `row` stands among the keys: what ALiBi slopes multiply.
+FUSED_HOST_DEVICE int32_t alibi_distance(const AttentionProblem& problem, int32_t row,
+                                         int32_t column) {
+  const int32_t ahead = row - column + (problem.seqlen_k - problem.seqlen_q);
+  return ahead < 0 ? -ahead : ahead;
 }
 
 template <typename A>
@@ -31,21 +87,64 @@ FUSED_HOST_DEVICE A load_mask(const AttentionMask& mask, int64_t offset) {
   return static_cast<A>(static_cast<const float*>(mask.data)[offset]);
 }
 
-// The score of an element inside the matrix, given q . k: scaled, masked, -inf where hidden.
+// The score of an element inside the matrix, given q . k; -inf where it is hidden.
 template <typename A>
-FUSED_HOST_DEVICE A masked_score(const AttentionProblem& problem, int32_t batch, int32_t head,
-                                 int32_t row, int32_t column, A dot) {
-  const A kHidden = -static_cast<A>(__builtin_huge_val());
-  if (problem.causal && column > row) return kHidden;
-  const A score = dot * static_cast<A>(problem.scale);
+FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Band& band,
+                                       int32_t batch, int32_t head, int32_t row, int32_t column,
+                                       A dot) {
+  if (!is_visible(band, row, column)) return {kHiddenScore<A>, A(0)};
+  Score<A> score{dot * static_cast<A>(problem.scale), A(1)};
+  if (problem.softcap != 0) {
+    const A softcap = static_cast<A>(problem.softcap);
+    score = softcapped(softcap, std::tanh(score.value / softcap));
+  }
+  if (problem.maybe_alibi_slopes != nullptr) {
+    score.value -= static_cast<const A*>(problem.maybe_alibi_slopes)[head] *
+                   static_cast<A>(alibi_distance(problem, row, column));
+  }
   const AttentionMask& mask = problem.mask;
   if (mask.kind == MaskKind::kNone) return score;
   const int64_t offset = batch * mask.batch_stride + head * mask.head_stride +
                          row * mask.row_stride + column * mask.column_stride;
-  if (mask.kind == MaskKind::kBool) {
-    return static_cast<const bool*>(mask.data)[offset] ? score : kHidden;
+  if (mask.kind == MaskKind::kAdditive) {
+    score.value += load_mask<A>(mask, offset);
+  } else if (!static_cast<const bool*>(mask.data)[offset]) {
+    score.value = kHiddenScore<A>;
   }
-  return score + load_mask<A>(mask, offset);
+  return score;
+}
+
+// How the softmax of a row ends, given the largest of its scores and the sum of exp(score - max):
+// its log-sum-exp, and what its sum of exp(score - max) * v is to be multiplied by.
+template <typename A>
+struct RowEnd {
+  A lse, scale;
+};
+
+template <typename A>
+FUSED_HOST_DEVICE RowEnd<A> end_row(const AttentionProblem& problem, int32_t head, A max, A sum) {
+  if (sum == 0) return {kHiddenScore<A>, A(0)};  // no key
+  A factor = 1;
+  if (problem.maybe_sink != nullptr) {
+    const A sink = static_cast<const A*>(problem.maybe_sink)[head];
+    const A keys_max = max;
+    max = sink > max ? sink : max;
+    factor = std::exp(keys_max - max);
+    sum = sum * factor + std::exp(sink - max);
+  }
+  return {max + std::log(sum), factor / sum};
+}
+
+// What one row gives to the gradient of its head's sink.
+template <typename A>
+FUSED_HOST_DEVICE A sink_gradient(A sink, A lse, A delta) {
+  return lse == kHiddenScore<A> ? A(0) : -std::exp(sink - lse) * delta;
+}
+
+// The scratch that takes what each row gives to the gradient of its head's ALiBi slope.
+inline ScoreGradient row_alibi(const AttentionBackwardParams& p) {
+  const int64_t rows = p.seqlen_q;
+  return {p.maybe_row_alibi, p.num_heads * rows, rows, 1, 0};
 }
 
 // What dropout multiplies element (batch, head, row, column) of p by: a pure function of its place

@@ -10,12 +10,15 @@
 
 TORCH_LIBRARY(fused, m) {
   m.def(
-      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? rng, "
-      "float dropout_p, bool is_causal, float? scale) -> (Tensor out, Tensor lse)");
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? sink, Tensor? rng, float dropout_p, bool is_causal, float? scale, float softcap, "
+      "SymInt window_left, SymInt window_right) -> (Tensor out, Tensor lse)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
-      "Tensor out, Tensor lse, Tensor? attn_mask, Tensor? rng, float dropout_p, bool is_causal, "
-      "float? scale) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "Tensor out, Tensor lse, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sink, Tensor? rng, "
+      "float dropout_p, bool is_causal, float? scale, float softcap, SymInt window_left, "
+      "SymInt window_right, bool[6] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
+      "Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sink)");
   m.def(
       "lstm_cell_forward(Tensor input, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
       "Tensor? b_hh) -> (Tensor h_next, Tensor c_next, Tensor gates)");

@@ -25,6 +25,12 @@ class AttentionCase:
     is_causal: bool = False
     scale: float | None = None
     layout: str = "contiguous"
+    causal_alignment: str = "top_left"
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    sink: bool = False
+    return_lse: bool = False
 
     def make(
         self, dtype: torch.dtype, device: torch.device | str, seed: int = 0
@@ -58,6 +64,14 @@ class AttentionCase:
         options: dict[str, Any] = {"is_causal": self.is_causal, "scale": self.scale}
         if heads_kv != self.heads:
             options["enable_gqa"] = True
+        for name in ("causal_alignment", "window", "softcap", "return_lse"):
+            if getattr(self, name) != getattr(type(self), name):
+                options[name] = getattr(self, name)
+        if self.alibi:
+            slopes = torch.rand(self.heads, generator=generator) / 4
+            options["alibi_slopes"] = slopes.to(device, dtype)
+        if self.sink:
+            options["sink"] = torch.randn(self.heads, generator=generator).to(device, dtype)
         if self.mask is not None:
             options["attn_mask"] = self._make_mask(dtype, device, generator)
         return tensors, options
@@ -82,6 +96,8 @@ class AttentionCase:
             return torch.where(noise > -0.3, 0.0, -torch.inf).to(dtype)
         return noise.to(dtype)
 
+
+LAST = "bottom_right"
 
 CASES = [
     AttentionCase("plain"),
@@ -120,7 +136,73 @@ CASES = [
     AttentionCase("odd strides", layout="odd strides"),
     AttentionCase("last dimension strided", layout="last dimension strided"),
     AttentionCase("expanded", layout="expanded"),
+    AttentionCase("bottom right", rows=5, keys=70, is_causal=True, causal_alignment=LAST),
+    AttentionCase("bottom right tall", rows=70, keys=5, is_causal=True, causal_alignment=LAST),
+    AttentionCase("bottom right, tiles", rows=133, keys=200, is_causal=True, causal_alignment=LAST),
+    AttentionCase("window", batch=1, rows=140, keys=140, window=(5, 3)),
+    AttentionCase("window of tiles", batch=1, heads=1, rows=200, keys=200, window=(64, 32)),
+    AttentionCase("window to the left", rows=35, keys=67, window=(7, -1)),
+    AttentionCase("window to the right", rows=67, keys=35, window=(-1, 2)),
+    AttentionCase("window of one, sink", rows=66, keys=66, window=(0, 0), sink=True),
+    AttentionCase("window beyond all", window=(2**40, 2**40)),
+    AttentionCase("window beside the keys", rows=70, keys=5, window=(3, 1)),
+    AttentionCase("window, causal", rows=40, keys=33, window=(9, 4), is_causal=True),
+    AttentionCase("softcap", softcap=0.7),
+    AttentionCase("softcap, tiles", batch=1, rows=67, keys=99, softcap=2.0, is_causal=True),
+    AttentionCase("alibi", alibi=True),
+    AttentionCase("alibi, tiles", batch=1, heads=3, rows=99, keys=67, alibi=True),
+    AttentionCase("sink", sink=True),
+    AttentionCase("sink, tiles", batch=3, heads=4, heads_kv=2, rows=99, keys=35, sink=True),
+    AttentionCase(
+        "sink, blind [S, T]", 2, 2, None, 67, 35, mask="blind [S, T]", sink=True, return_lse=True
+    ),
+    AttentionCase("lse", return_lse=True, rows=67, keys=35),
+    AttentionCase("causal, bool [S, T]", mask="bool [S, T]", rows=40, keys=40, is_causal=True),
+    AttentionCase("causal, additive [B, H, S, T]", mask="additive [B, H, S, T]", is_causal=True),
+    AttentionCase(
+        "additive [1, 1, S, 1], sink", mask="additive [1, 1, S, 1]", rows=67, keys=35, sink=True
+    ),
+    AttentionCase(
+        "additive [1, 1, 1, 1], sink", mask="additive [1, 1, 1, 1]", rows=67, keys=35, sink=True
+    ),
+    AttentionCase("additive [B, 1, S, T]", mask="additive [B, 1, S, T]", rows=67, keys=35),
+    AttentionCase(
+        "additive [S, T], window", mask="additive [S, T]", rows=99, keys=99, window=(4, 2)
+    ),
+    AttentionCase(
+        "everything",
+        batch=3,
+        heads=4,
+        heads_kv=2,
+        rows=70,
+        keys=99,
+        head_dim=12,
+        head_dim_v=20,
+        mask="additive [B, 1, S, T]",
+        is_causal=True,
+        window=(40, 9),
+        causal_alignment=LAST,
+        softcap=1.5,
+        alibi=True,
+        sink=True,
+        return_lse=True,
+    ),
+    AttentionCase(
+        "everything, bool",
+        heads=3,
+        rows=67,
+        keys=50,
+        head_dim=6,
+        mask="blind [H, S, T]",
+        is_causal=True,
+        window=(20, 20),
+        softcap=3.0,
+        alibi=True,
+        sink=True,
+        scale=0.7,
+    ),
     AttentionCase("no batch", batch=0),
     AttentionCase("no rows", rows=0),
     AttentionCase("no keys", keys=0),
+    AttentionCase("no keys, sink", keys=0, sink=True, alibi=True, mask="additive [S, 1]"),
 ]

@@ -1,0 +1,37 @@
+// What the kernels of the attention's backward pass share.
+#pragma once
+
+#include "attention/attention_score.h"
+#include "attention/attention_tile.cuh"
+
+namespace fused {
+
+// The gradients that the scores themselves have: of the mask, of ALiBi slopes, of the sink.
+Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Stream stream);
+
+// What an element of the score matrix gives to the gradients.
+template <typename A>
+struct ScoreWeight {
+  A kept;      // keep * p, which weighs grad_out for grad_v
+  A gradient;  // ds, the derivative of the loss by the final score
+  A slope;     // the final score's derivative by scale * q . k
+};
+
+// From an element's products q . k and grad_out . v. Hidden keys give zeros, not even a NaN, and so
+// does an element outside the matrix.
+template <typename A>
+__device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardParams& p,
+                                                       const Band& band, int32_t batch,
+                                                       int32_t head, int32_t row, int32_t column,
+                                                       A dot, A dot_v) {
+  if (row >= p.seqlen_q || column >= p.seqlen_k) return {0, 0, 0};
+  const Score<A> score = final_score(p, band, batch, head, row, column, dot);
+  if (score.value == kHiddenScore<A>) return {0, 0, 0};
+  const int64_t index = (static_cast<int64_t>(batch) * p.num_heads + head) * p.seqlen_q + row;
+  const A probability = exp(score.value - static_cast<const A*>(p.lse)[index]);
+  const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, batch, head, row, column);
+  const A delta = static_cast<const A*>(p.delta)[index];
+  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
+}
+
+}  // namespace fused

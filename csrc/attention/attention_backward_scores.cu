@@ -1,0 +1,198 @@
+// The gradients that attention's scores themselves have, deterministic like the others:
+//
+//   grad_mask = ds, summed over the dimensions along which the mask is broadcast
+//   grad_alibi_slopes[h] = -sum |i + T - S - j| * ds[i, j]
+//   grad_sink[h] = -sum exp(sink[h] - lse[i]) * delta[i]
+//
+// with ds and delta as in attention_backward.cu. A block of the first kernel owns one tile of kOwn
+// queries by kOther keys of the gradient, or, along a broadcast dimension, all of its tiles, which
+// it adds up in registers: thread t has the rows 4 * (t / 16) .. + 3 and the columns t % 16 and
+// t % 16 + 16, as in pair_products. It gives the slopes' gradient by row, and the second kernel,
+// one block for each head, adds up the rows.
+#include "attention/attention_backward.cuh"
+
+namespace fused {
+namespace {
+
+// What a block has of `extent` tiles or heads: one of them, or all, to sum over.
+__device__ __forceinline__ Range take_share(int64_t stride, int32_t extent, unsigned& index) {
+  if (stride == 0) return {0, extent};
+  const int32_t place = static_cast<int32_t>(index % static_cast<unsigned>(extent));
+  index /= static_cast<unsigned>(extent);
+  return {place, place + 1};
+}
+
+FUSED_HOST_DEVICE int32_t num_tiles(int32_t length, int32_t tile) {
+  return (length + tile - 1) / tile;
+}
+
+// Writes the tile whose sums lie in tiles.weights, summed over what the gradient does not have.
+template <typename A>
+__device__ __forceinline__ void store_sums(const ScoreGradient& gradient, AttentionTiles<A>& tiles,
+                                           A* target, int32_t rows, int32_t columns) {
+  if (gradient.row_stride == 0) {
+    if (threadIdx.x < kOther) {
+      A sum = 0;
+      for (int r = 0; r < kOwn; ++r) sum += tiles.weights[r][threadIdx.x];
+      tiles.weights[0][threadIdx.x] = sum;
+    }
+    rows = 1;
+    __syncthreads();
+  }
+  if (gradient.column_stride == 0) {
+    if (threadIdx.x < kOwn) {
+      A sum = 0;
+      for (int c = 0; c < kOther; ++c) sum += tiles.weights[threadIdx.x][c];
+      tiles.weights[threadIdx.x][0] = sum;
+    }
+    columns = 1;
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < kOwn * kOther; i += kAttentionThreads) {
+    const int r = i / kOther, c = i % kOther;
+    if (r < rows && c < columns) {
+      target[r * gradient.row_stride + c * gradient.column_stride] = tiles.weights[r][c];
+    }
+  }
+}
+
+template <typename T, bool kByDistance>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    attention_backward_scores_kernel(const AttentionBackwardParams p,
+                                     const ScoreGradient gradient) {
+  using A = Accumulator<T>;
+  AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
+  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
+  const Band band = visible_band(p);
+  unsigned index = blockIdx.x;
+  const Range key_tiles = take_share(gradient.column_stride, num_tiles(p.seqlen_k, kOther), index);
+  const Range row_tiles = take_share(gradient.row_stride, num_tiles(p.seqlen_q, kOwn), index);
+  const Range heads = take_share(gradient.head_stride, p.num_heads, index);
+  const Range batches = take_share(gradient.batch_stride, p.batch, index);
+
+  A sums[kRowsPerThread][kColumnsPerThread] = {};
+  for (int32_t batch = batches.begin; batch < batches.end; ++batch) {
+    for (int32_t head = heads.begin; head < heads.end; ++head) {
+      const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
+      const auto q = head_matrix<T>(p.q, p.q_strides, batch, head, p.seqlen_q, p.head_dim);
+      const auto k = head_matrix<T>(p.k, p.k_strides, batch, head_kv, p.seqlen_k, p.head_dim);
+      const auto v = head_matrix<T>(p.v, p.v_strides, batch, head_kv, p.seqlen_k, p.head_dim_v);
+      const auto grad_out =
+          head_matrix<T>(p.grad_out, p.grad_out_strides, batch, head, p.seqlen_q, p.head_dim_v);
+      for (int32_t row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile) {
+        const int32_t first_row = row_tile * kOwn;
+        const Range keys = keys_seen_by(p, band, first_row, min(first_row + kOwn, p.seqlen_q) - 1);
+        for (int32_t key_tile = key_tiles.begin; key_tile < key_tiles.end; ++key_tile) {
+          const int32_t first_key = key_tile * kOther;
+          if (first_key >= keys.end || first_key + kOther <= keys.begin) continue;
+          A scores[kRowsPerThread][kColumnsPerThread], dots[kRowsPerThread][kColumnsPerThread];
+          pair_products(tiles, q, first_row, k, first_key, scores);
+          pair_products(tiles, grad_out, first_row, v, first_key, dots);
+#pragma unroll
+          for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+            for (int c = 0; c < kColumnsPerThread; ++c) {
+              const int32_t row = first_row + thread_row + r;
+              const int32_t column = first_key + thread_column + 16 * c;
+              const A ds = score_weight(p, band, batch, head, row, column, scores[r][c], dots[r][c])
+                               .gradient;
+              sums[r][c] += kByDistance ? -ds * static_cast<A>(alibi_distance(p, row, column)) : ds;
+            }
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) {
+      tiles.weights[thread_row + r][thread_column + 16 * c] = sums[r][c];
+    }
+  }
+  __syncthreads();
+  const int32_t first_row = row_tiles.begin * kOwn, first_key = key_tiles.begin * kOther;
+  A* target = static_cast<A*>(gradient.data) + batches.begin * gradient.batch_stride +
+              heads.begin * gradient.head_stride + first_row * gradient.row_stride +
+              first_key * gradient.column_stride;
+  store_sums(gradient, tiles, target, p.seqlen_q - first_row, p.seqlen_k - first_key);
+}
+
+// A sum over the block in a fixed order; thread 0 has it.
+__device__ __forceinline__ double block_sum(double value, double* of_warps) {
+  value = warp_sum(value);
+  __syncthreads();  // of_warps may still be read for the sum before
+  if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  double sum = 0;
+  for (int w = 0; w < kAttentionThreads / kWarpSize; ++w) sum += of_warps[w];
+  return sum;
+}
+
+// One block for each head.
+template <typename A>
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_backward_heads_kernel(const AttentionBackwardParams p) {
+  double* of_warps = shared_memory<double>();
+  const int64_t head = blockIdx.x;
+  const A* maybe_row_alibi = static_cast<const A*>(p.maybe_row_alibi);
+  double alibi = 0, sink = 0;
+  for (int64_t batch = 0; batch < p.batch; ++batch) {
+    const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
+    for (int64_t row = first + threadIdx.x; row < first + p.seqlen_q; row += kAttentionThreads) {
+      if (maybe_row_alibi != nullptr) alibi += maybe_row_alibi[row];
+      if (p.maybe_grad_sink != nullptr) {
+        sink +=
+            sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
+                          static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.delta)[row]);
+      }
+    }
+  }
+  alibi = block_sum(alibi, of_warps);
+  sink = block_sum(sink, of_warps);
+  if (threadIdx.x != 0) return;
+  if (maybe_row_alibi != nullptr) {
+    static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(alibi);
+  }
+  if (p.maybe_grad_sink != nullptr) {
+    static_cast<A*>(p.maybe_grad_sink)[head] = static_cast<A>(sink);
+  }
+}
+
+template <typename T, bool kByDistance>
+Status launch_scores(const AttentionBackwardParams& p, const ScoreGradient& gradient,
+                     Stream stream) {
+  const int64_t blocks = (gradient.batch_stride ? int64_t{p.batch} : 1) *
+                         (gradient.head_stride ? p.num_heads : 1) *
+                         (gradient.row_stride ? num_tiles(p.seqlen_q, kOwn) : 1) *
+                         (gradient.column_stride ? num_tiles(p.seqlen_k, kOther) : 1);
+  if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
+  return launch(attention_backward_scores_kernel<T, kByDistance>,
+                dim3(static_cast<unsigned>(blocks)), dim3(kAttentionThreads),
+                sizeof(AttentionTiles<Accumulator<T>>), stream, p, gradient);
+}
+
+}  // namespace
+
+Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Stream stream) {
+  return visit_dtype(params.dtype, [&](auto element) -> Status {
+    using T = decltype(element);
+    Status status = nullptr;
+    if (params.maybe_grad_mask.data != nullptr) {
+      status = launch_scores<T, false>(params, params.maybe_grad_mask, stream);
+    }
+    if (status == nullptr && params.maybe_row_alibi != nullptr) {
+      status = launch_scores<T, true>(params, row_alibi(params), stream);
+    }
+    if (status != nullptr) return status;
+    if (params.maybe_grad_alibi_slopes == nullptr && params.maybe_grad_sink == nullptr) {
+      return nullptr;
+    }
+    return launch(attention_backward_heads_kernel<Accumulator<T>>,
+                  dim3(static_cast<unsigned>(params.num_heads)), dim3(kAttentionThreads),
+                  kAttentionThreads / kWarpSize * sizeof(double), stream, params);
+  });
+}
+
+}  // namespace fused
