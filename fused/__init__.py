@@ -5,7 +5,7 @@ from fused._explain import explain
 from fused._patch import patch, unpatch
 from fused._version import __version__
 from fused.modules import LSTM, Attention, Conv1d, Conv2d, Conv3d, LSTMCell
-from fused.optim import SGD, Adam, AdamW
+from fused.optim import SGD, Adam, AdamW, clip_grad_norm_, get_total_norm
 
 __all__ = [
     "LSTM",
@@ -18,8 +18,10 @@ __all__ = [
     "Conv3d",
     "LSTMCell",
     "__version__",
+    "clip_grad_norm_",
     "explain",
     "functional",
+    "get_total_norm",
     "models",
     "patch",
     "reference",

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import fused
@@ -256,6 +256,65 @@ def check_gradients_are_freed() -> None:
 
 def test_gradients_are_freed(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_gradients_are_freed)
+
+
+# --- The norm over ranks --------------------------------------------------------------------------
+
+
+def check_clip(shape: tuple[int, ...]) -> None:
+    for max_norm in (0.3, 1e6):
+        results = []
+        for module in (fused, torch.nn.utils):
+            network = sharded_model(shape)
+            backward(network, 0)
+            params = list(network.parameters())
+            total = module.get_total_norm([p.grad for p in params])
+            versions = [p.grad._version for p in params]
+            norm = module.clip_grad_norm_(params, max_norm)
+            if module is fused:
+                assert all(p.grad._version > v for p, v in zip(params, versions, strict=True))
+            assert isinstance(norm, DTensor) and isinstance(total, DTensor)
+            results.append([whole(norm), whole(total), *(whole(p.grad) for p in params)])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        # Every rank has the norm of all, without asking for it.
+        local = fused.get_total_norm([p.grad for p in params]).to_local()
+        assert torch.equal(local, whole(fused.get_total_norm([p.grad for p in params])))
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (2, 2)], ids=str)
+def test_clip_of_fully_sharded_gradients(shape: tuple[int, ...], tmp_path: Path) -> None:
+    on_ranks(torch.Size(shape).numel(), tmp_path, check_clip, shape)
+
+
+def check_norm_placements() -> None:
+    """Of whole tensors: replicated ones count once, sums that are left to do are done."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    torch.manual_seed(0)
+    tensors = [torch.randn(5, 3) for _ in range(6)]
+    placements = [
+        [Shard(0), Replicate()],
+        [Replicate(), Replicate()],
+        [Shard(0), Shard(1)],
+        [Shard(0), Shard(0)],
+        [Replicate(), Shard(1)],
+    ]
+    sharded = [distribute_tensor(t, mesh, p) for t, p in zip(tensors[:5], placements, strict=True)]
+    ones = DTensor.from_local(torch.ones(2), mesh, [Partial(), Shard(0)])  # of twos, in truth
+    everything_local = [t.clone() for t in tensors] + [torch.full((4,), 2.0)]
+    expected = torch.nn.utils.get_total_norm(everything_local)
+    norm = fused.get_total_norm([*sharded, tensors[5], ones])
+    torch.testing.assert_close(norm.to_local(), expected)
+    params = [nn.Parameter(torch.zeros_like(t)) for t in (*sharded, tensors[5], ones)]
+    for p, gradient in zip(params, (*sharded, tensors[5], ones), strict=True):
+        p.grad = gradient
+    fused.clip_grad_norm_(params, 1.0)
+    for p, gradient in zip(params, everything_local, strict=True):
+        torch.testing.assert_close(whole(p.grad), gradient / (expected + 1e-6))
+
+
+def test_norm_of_tensors_in_all_placements(tmp_path: Path) -> None:
+    on_ranks(4, tmp_path, check_norm_placements)
 
 
 # --- ZeroRedundancyOptimizer ----------------------------------------------------------------------

@@ -69,6 +69,30 @@ at::Tensor norm_on(at::Device device, const Batches& batches,
   return norm;
 }
 
+constexpr const char* kClip = "clip_by_norm_";
+
+void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
+  FlatTensors flat(tensors.size());
+  Batches batches;
+  for (const at::Tensor& tensor : tensors) {
+    batch_of(batches, tensor).tensors.push_back({flat.param(tensor), tensor.numel()});
+  }
+  flat.bump_versions();
+  for (const auto& batch : batches) {
+    const c10::DeviceGuard guard(batch.example.device());
+    const at::Tensor here =
+        norm.detach().to(batch.example.device(), at::kDouble, /*non_blocking=*/true);
+    ClipParams p{};
+    p.tensors = batch.tensors.data();
+    p.num_tensors = static_cast<int64_t>(batch.tensors.size());
+    p.norm = here.const_data_ptr<double>();
+    p.max_norm = max_norm;
+    p.dtype = dtype_of(kClip, "tensors", batch.example);
+    check_status(kClip, FUSED_DISPATCH(batch.example, clip, p));
+  }
+  flat.finish();
+}
+
 }  // namespace
 
 at::Tensor total_norm(at::TensorList tensors, const std::optional<at::Tensor>& grad_scale) {
@@ -96,31 +120,17 @@ at::Tensor total_norm(at::TensorList tensors, const std::optional<at::Tensor>& g
 }
 
 void clip_by_norm_(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
-  constexpr const char* kOp = "clip_by_norm_";
-  check_norm_scalar(kOp, "norm", norm);
+  check_norm_scalar(kClip, "norm", norm);
   for (const at::Tensor& tensor : tensors) {
-    check_dense(kOp, tensor);
-    check_writable(kOp, "tensors", tensor);
+    check_dense(kClip, tensor);
+    check_writable(kClip, "tensors", tensor);
   }
-  FlatTensors flat(tensors.size());
-  Batches batches;
-  for (const at::Tensor& tensor : tensors) {
-    batch_of(batches, tensor).tensors.push_back({flat.param(tensor), tensor.numel()});
+  if (share_memory(tensors)) {
+    // The same memory twice (a parameter listed twice): one after the other, scaled twice.
+    for (const auto i : c10::irange(tensors.size())) clip(tensors.slice(i, 1), norm, max_norm);
+  } else {
+    clip(tensors, norm, max_norm);
   }
-  flat.bump_versions();
-  for (const auto& batch : batches) {
-    const c10::DeviceGuard guard(batch.example.device());
-    const at::Tensor here =
-        norm.detach().to(batch.example.device(), at::kDouble, /*non_blocking=*/true);
-    ClipParams p{};
-    p.tensors = batch.tensors.data();
-    p.num_tensors = static_cast<int64_t>(batch.tensors.size());
-    p.norm = here.const_data_ptr<double>();
-    p.max_norm = max_norm;
-    p.dtype = dtype_of(kOp, "tensors", batch.example);
-    check_status(kOp, FUSED_DISPATCH(batch.example, clip, p));
-  }
-  flat.finish();
 }
 
 }  // namespace fused

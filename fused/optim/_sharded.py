@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Entry = dict[str, Any]  # the state of one parameter
@@ -32,8 +33,9 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def any_sharded(groups: Iterable[dict[str, Any]]) -> bool:
-    return any(is_sharded(p) for group in groups for p in group["params"])
+def any_sharded(tensors: Iterable[Tensor]) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
 
 
 @contextlib.contextmanager
@@ -121,3 +123,44 @@ class _Shard:
         # Who writes to a local tensor marks that one; the DTensor has a version of its own.
         written = [whole for whole, local, version in self._opened if local._version > version]
         torch.autograd.graph.increment_version(written)
+
+
+def total_norm(tensors: Iterable[Tensor], local_norm: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """The Euclidean norm over all ranks, on each of them. The host does not wait for it.
+
+    A shard counts for the ranks that hold the others; what is replicated counts once.
+    """
+    parts: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if not is_sharded(tensor):
+            parts[None, ()].append(tensor)
+            continue
+        tensor = _summed(tensor)
+        split = [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+        parts[tensor.device_mesh, tuple(split)].append(tensor.to_local())
+    squares = []
+    for (mesh, dimensions), local in parts.items():
+        square = local_norm(local).square()
+        if mesh is not None:
+            for dimension in dimensions:
+                torch.distributed.all_reduce(square, group=mesh.get_group(dimension))
+        squares.append(square)
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def _summed(tensor: DTensor) -> DTensor:
+    """With no placement that leaves a sum to be done."""
+    from torch.distributed.tensor import Replicate
+
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return tensor
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]
+    return tensor.redistribute(tensor.device_mesh, placements)
+
+
+def replicated(scalar: Tensor, like: DTensor) -> Tensor:
+    """A tensor that every rank of the mesh of `like` holds."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = like.device_mesh
+    return DTensor.from_local(scalar, mesh, [Replicate()] * mesh.ndim)

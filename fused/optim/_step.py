@@ -98,7 +98,9 @@ class FusedStep(Optimizer):
                 return
         else:
             outcomes = [self._check(group) for group in groups]
-        if SUBCLASS in outcomes and _sharded.any_sharded(groups):
+        if SUBCLASS in outcomes and _sharded.any_sharded(
+            p for group in groups for p in group["params"]
+        ):
             with _sharded.local_tensors(self):
                 return self._eager_step()
         new_states = []
