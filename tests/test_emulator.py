@@ -74,6 +74,17 @@ def test_barriers(run_case: RunCase, order: int, seed: int) -> None:
     np.testing.assert_array_equal(out, 22 * 100 + 0 * 10 + 1)
 
 
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_named_barriers(run_case: RunCase, order: int, seed: int) -> None:
+    out = ints(128)
+    assert run_case("pairs_of_warps_kernel<true>", out, order, seed) is None
+    np.testing.assert_array_equal(out, np.arange(128) ^ 32)
+    out = ints(192)
+    assert run_case("producer_kernel", out, order, seed) is None
+    expected = 100 * np.arange(3)[:, None] + np.tile(np.arange(32) ^ 1, 2)
+    np.testing.assert_array_equal(out, expected.ravel())
+
+
 def test_missing_barrier_shows_in_the_result(run_case: RunCase) -> None:
     results = []
     for order, seed in ORDERS:
@@ -146,6 +157,25 @@ def test_votes_match_and_reduce(run_case: RunCase, order: int, seed: int) -> Non
 
 
 @pytest.mark.parametrize(("order", "seed"), ORDERS)
+def test_collectives_over_half_a_warp(run_case: RunCase, order: int, seed: int) -> None:
+    out = ints(256)
+    assert run_case("masks_kernel", out, order, seed) is None
+    lane = np.arange(32)
+    mask = np.where(lane % 2, 0xAAAAAAAA, 0x55555555)
+    expected = [
+        np.where(lane % 2, 256, 240),
+        np.where(lane % 2, -8, -9) % 2**32,
+        np.where(lane % 2, 31, 30),
+        mask,
+        mask & np.where(lane < 16, 0xFFFF, 0xFFFF0000),
+        mask ^ 1,
+        np.zeros(32),
+        mask & 0xFFFF,
+    ]
+    np.testing.assert_array_equal(out.view(np.uint32), np.concatenate(expected))
+
+
+@pytest.mark.parametrize(("order", "seed"), ORDERS)
 def test_parts_of_a_warp_go_their_own_way(run_case: RunCase, order: int, seed: int) -> None:
     out = ints(32)
     assert run_case("halves_kernel", out, order, seed) is None
@@ -163,6 +193,15 @@ def test_atomics_over_blocks_and_os_threads(run_case: RunCase, threads: int) -> 
     assert out[7] == 3200 % 7
 
 
+def test_atomics_in_shared_memory(run_case: RunCase) -> None:
+    out = ints(12)
+    assert run_case("shared_atomics_kernel", out, RANDOM, 1) is None
+    # Bits that two of 64 threads flip are back; 31 of them were flipped a second, two a third time.
+    flips = [sum(thread % 31 == bit for thread in range(64)) for bit in range(31)]
+    xor = sum(1 << bit for bit, count in enumerate(flips) if count % 2)
+    assert out.reshape(3, 4).tolist() == [[64 * 63 // 2, xor, 63, -64 % 7]] * 3
+
+
 ERRORS = {
     "bad_exit_before_barrier": r"__syncthreads at cases.cu:\d+ waits for thread \(3, 0, 0\), which "
     "has exited",
@@ -170,6 +209,16 @@ ERRORS = {
     r"the one at cases.cu:\d+",
     "bad_barrier_against_shuffle": r"__syncthreads at cases.cu:\d+ waits for thread \(9, 0, 0\), "
     r"which waits at cases.cu:\d+",
+    "bad_named_barrier_of_too_few": r"bar.sync 1 at \w+.cuh:\d+ waits for 64 threads, of which 32 "
+    "have come",
+    "bad_named_barrier_of_an_odd_count": r"the count must be a multiple of 32, at most the block's "
+    "64 threads, got 48",
+    "bad_named_barrier_zero": r"the barrier must be 1 to 15 \(0 is __syncthreads\), got 0",
+    "bad_named_barrier_of_two_counts": r"for (96|128) threads, while others wait for (128|96)",
+    "bad_named_barrier_of_half_warps": r"of warp 0 came lanes 0000ffff alone",
+    "bad_named_barrier_that_nobody_waits_at": "ends with 32 of 64 threads at barrier 1",
+    "bad_named_barrier_twice": r"bar.arrive 1 at \w+.cuh:\d+: comes again before the barrier has "
+    "let go",
     "bad_exited_lane": r"__shfl_sync at cases.cu:\d+: mask ffffffff names lane 3, which has exited",
     "bad_caller_not_in_mask": r"mask 00000001 does not name the calling lane \d+",
     "bad_lane_not_in_mask": "a lane reads from a lane that is not in the mask",
@@ -236,6 +285,8 @@ def test_instances_of_a_template_are_listed(library: ctypes.CDLL) -> None:
 RACES = {
     "neighbour_kernel<false>": r"byte \d+ of shared memory",
     "reused_tile_kernel<false>": r"byte \d+ of shared memory",
+    "pairs_of_warps_kernel<false>": r"byte \d+ of shared memory",
+    "race_after_arrival": r"byte \d+ of shared memory",
     "race_shuffle_is_no_barrier": r"byte \d+ of shared memory",
     "race_between_blocks": r"address 0x[0-9a-f]+",
     "race_read_of_another_block": r"address 0x[0-9a-f]+",
@@ -265,6 +316,10 @@ def test_races_are_found_in_every_order(
         "reused_tile_kernel<true>",
         "bytes_of_one_word_kernel",
         "reverse_kernel<true>",
+        "pairs_of_warps_kernel<true>",
+        "producer_kernel",
+        "static_shared_kernel",
+        "shared_atomics_kernel",
         "fresh_shared_memory_kernel",
         "atomics_kernel",
         "indices_kernel",

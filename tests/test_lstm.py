@@ -114,6 +114,32 @@ def test_layer_forward_and_gradients(
     compare(names, run(lstm_layer, dtype), expected, run(run_stock, stock_dtype(dtype)))
 
 
+@pytest.mark.parametrize("offset", [1, 2])
+@each_dtype
+def test_tensors_that_begin_between_packs(
+    dtype: torch.dtype, offset: int, backend: torch.device
+) -> None:
+    """What the cell kernels read begins off the boundary of the accesses that they may make; what
+    goes into matrix products stays, for a library may sum in another order then."""
+    tensors = LSTMCellCase("plain").make(dtype, backend)
+    grads = draw_like((tensors[1], tensors[1]))
+
+    def run(place: Any) -> list[Tensor]:
+        inputs = [
+            place(t).requires_grad_() if name in ("c", "b_ih", "b_hh") else t
+            for name, t in zip(CELL_NAMES, leaves(tensors, dtype), strict=True)
+        ]
+        outputs = lstm_cell(inputs[0], (inputs[1], inputs[2]), *inputs[3:])
+        return with_gradients(outputs, inputs, [place(grad.to(dtype)) for grad in grads])
+
+    def shifted(tensor: Tensor) -> Tensor:
+        larger = tensor.new_zeros(tensor.numel() + offset)
+        return larger[offset:].view(tensor.shape).copy_(tensor.detach()).detach()
+
+    for aligned, other in zip(run(lambda t: t.detach().clone()), run(shifted), strict=True):
+        assert torch.equal(aligned, other)
+
+
 @pytest.mark.parametrize("chosen", [(0,), (1,), (2,), (0, 1), (1, 2)], ids=str)
 def test_layer_with_some_gradients_missing(chosen: tuple[int, ...], backend: torch.device) -> None:
     """A loss on some outputs, and gradients of one input at a time."""

@@ -19,7 +19,7 @@
 //                          transposition column g, rows 2t and 2t + 1
 //
 // PTX ISA: "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", "ldmatrix", "stmatrix",
-// "cp.async".
+// "cp.async", "bar".
 #pragma once
 
 #include <cstdint>
@@ -31,6 +31,8 @@
 #include "emulator/ptx.h"
 
 namespace fused::ptx {
+using emulator::barrier_arrive;
+using emulator::barrier_sync;
 using emulator::cp_async_16;
 using emulator::cp_async_commit;
 using emulator::cp_async_wait;
@@ -132,6 +134,19 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- named barriers: some warps of a block among themselves ----
+
+// id 1 to 15 (__syncthreads has 0); num_threads, a multiple of 32, counts those that wait and those
+// that only arrive. All lanes of a warp come together.
+__device__ __forceinline__ void barrier_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
+}
+
+// Does not wait: what the thread wrote before is visible to those that wait, once they go on.
+__device__ __forceinline__ void barrier_arrive(int id, int num_threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(num_threads) : "memory");
 }
 
 }  // namespace fused::ptx

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "emulator/races.h"
+#include "emulator/text.h"
 
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -23,24 +24,6 @@ constexpr size_t kSharedAlignment = 1024;
 constexpr size_t kGuardBytes = 256;
 constexpr unsigned char kGuard = 0xa5;
 constexpr unsigned char kUndefined = 0xff;  // NaN in every floating type, and no valid index
-
-// Text without an allocation: an abandoned fiber never runs its destructors.
-struct Text {
-  char chars[160];
-};
-
-Text text_of(uint3 v) {
-  Text text;
-  std::snprintf(text.chars, sizeof text.chars, "(%u, %u, %u)", v.x, v.y, v.z);
-  return text;
-}
-
-Text text_of(Site site) {
-  const char* slash = std::strrchr(site.file, '/');
-  Text text;
-  std::snprintf(text.chars, sizeof text.chars, "%s:%d", slash ? slash + 1 : site.file, site.line);
-  return text;
-}
 
 }  // namespace
 
@@ -67,6 +50,7 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
   current_block = &view_;
   switch_to(threads_[ready_.take()], scheduler_, false);
   if (error_.empty()) check_shared_memory_guard();
+  if (error_.empty()) check_named_barriers();
   current_thread = nullptr;
   current_block = outer_block;
   current_runner = outer_runner;
@@ -77,6 +61,7 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
 void BlockRunner::reset_threads() {
   num_exited_ = num_at_barrier_ = 0;
   pending_barrier_ = {0, true, false};
+  for (NamedBarrier& barrier : named_barriers_) barrier = {};
   stacks_.take_back_all();  // an abandoned launch never gave them back
   const dim3 dim = launch_->block;
   int rank = 0;
@@ -294,21 +279,22 @@ void BlockRunner::fail_in_current_thread(const char* what) {
   __builtin_unreachable();
 }
 
+const BlockRunner::Thread* BlockRunner::first_in(State state) const {
+  for (int i = 0; i < num_threads_; ++i) {
+    if (threads_[i].state == state) return &threads_[i];
+  }
+  return nullptr;
+}
+
 // Nobody can run and not everybody has exited: says who waits, and for whom in vain.
 void BlockRunner::fail_in_deadlock() {
-  const Thread* waiting = nullptr;
+  const Thread* waiting = first_in(State::kAtBarrier);
   const Thread* elsewhere = nullptr;
-  for (int i = 0; i < num_threads_; ++i) {
-    if (threads_[i].state == State::kAtBarrier && !waiting) waiting = &threads_[i];
-  }
   if (waiting) {
     for (int i = 0; i < num_threads_ && !elsewhere; ++i) {
       if (threads_[i].state != State::kAtBarrier) elsewhere = &threads_[i];
     }
-  } else {
-    for (int i = 0; i < num_threads_ && !waiting; ++i) {
-      if (threads_[i].state == State::kAtCollective) waiting = &threads_[i];
-    }
+  } else if ((waiting = first_in(State::kAtCollective)) != nullptr) {
     const int first = int(waiting->rank) / kWarpSize * kWarpSize;
     for (int i = first; i < first + kWarpSize && !elsewhere; ++i) {
       const bool named = waiting->mask >> (i - first) & 1;
@@ -317,6 +303,8 @@ void BlockRunner::fail_in_deadlock() {
         elsewhere = &threads_[i];
       }
     }
+  } else {
+    fail_at_named_barrier(*first_in(State::kAtNamedBarrier));
   }
   current_thread = waiting;
   const Text where = text_of(waiting->site);
@@ -342,6 +330,10 @@ void fail(const char* format, ...) {
 
 BarrierResult block_barrier(bool predicate, Site site) {
   return current_runner->barrier(predicate, site);
+}
+
+void named_barrier(int id, int num_threads, bool waits, Site site) {
+  current_runner->named_barrier(id, num_threads, waits, site);
 }
 
 void begin_copy(const AsyncCopy& copy) { current_runner->begin_copy(copy); }

@@ -2,6 +2,7 @@
 // Internal to the emulator; kernels see runtime.h.
 #pragma once
 
+#include <array>
 #include <deque>
 #include <string>
 #include <utility>
@@ -26,6 +27,7 @@ class BlockRunner {
 
   // Called on the fibers of the running block.
   BarrierResult barrier(bool predicate, Site site);
+  void named_barrier(int id, int num_threads, bool waits, Site site);
   void collective(const char* name, unsigned mask, void* record, Combine combine, Site site);
   void begin_copy(const AsyncCopy& copy);
   void end_copy_group() { ++current().num_copy_groups; }
@@ -33,13 +35,21 @@ class BlockRunner {
   [[noreturn]] void fail_in_current_thread(const char* what);
 
  private:
-  enum class State : unsigned char { kNotStarted, kReady, kAtBarrier, kAtCollective, kExited };
+  enum class State : unsigned char {
+    kNotStarted,
+    kReady,
+    kAtBarrier,
+    kAtNamedBarrier,
+    kAtCollective,
+    kExited
+  };
 
   struct Thread : ThreadView {
     State state;
     int stack;  // while it runs or waits
     Context context;
     Site site;  // what it waits at
+    int barrier_id;
     const char* collective;
     unsigned mask;
     void* record;
@@ -51,15 +61,25 @@ class BlockRunner {
     unsigned waiting, exited;  // lanes; a lane that the block has not got counts as exited
   };
 
+  // Threads that came since it last let go, and lanes of each warp among them.
+  struct NamedBarrier {
+    int expected, arrived;
+    std::array<unsigned, kMaxThreads / kWarpSize> lanes;
+  };
+
   static void fiber_main();
   void reset_threads();
   void fill_shared_memory();
   void check_shared_memory_guard();
+  void check_named_barriers();
   void suspend();
   void switch_to(Thread& next, Context& from, bool has_ended);
   void exit_current_thread();
   void complete_collective(Warp& warp, const Thread& self);
+  void complete_named_barrier(int id, Site site);
+  const Thread* first_in(State state) const;
   [[noreturn]] void fail_in_deadlock();
+  [[noreturn]] void fail_at_named_barrier(const Thread& waiting);
   Thread& current() { return threads_[current_thread->rank]; }
 
   const Launch* launch_ = nullptr;
@@ -67,6 +87,7 @@ class BlockRunner {
   BlockView view_;
   int num_threads_ = 0, num_exited_ = 0, num_at_barrier_ = 0;
   BarrierResult pending_barrier_, barrier_result_;
+  std::array<NamedBarrier, kNamedBarriers> named_barriers_;
   ReadySet ready_;
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;

@@ -72,6 +72,14 @@ template <class T>
 T atomicAnd(T* address, fused::emulator::Same<T> value) {
   return fused::emulator::atomic_update(address, [=](T old) { return T(old & value); });
 }
+template <class T>
+T atomicXor(T* address, fused::emulator::Same<T> value) {
+  return fused::emulator::atomic_update(address, [=](T old) { return T(old ^ value); });
+}
+inline unsigned atomicDec(unsigned* address, unsigned limit) {
+  return fused::emulator::atomic_update(
+      address, [=](unsigned old) { return old == 0 || old > limit ? limit : old - 1; });
+}
 inline unsigned atomicInc(unsigned* address, unsigned limit) {
   return fused::emulator::atomic_update(address,
                                         [=](unsigned old) { return old >= limit ? 0u : old + 1; });

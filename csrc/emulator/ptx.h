@@ -188,4 +188,13 @@ void cp_async_wait() {
   }
 }
 
+// ---- named barriers ----
+
+inline void barrier_sync(int id, int num_threads, Site site = here()) {
+  named_barrier(id, num_threads, true, site);
+}
+inline void barrier_arrive(int id, int num_threads, Site site = here()) {
+  named_barrier(id, num_threads, false, site);
+}
+
 }  // namespace fused::emulator

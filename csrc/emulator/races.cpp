@@ -1,10 +1,10 @@
 // What must be ordered, and by what, follows the CUDA programming guide:
 //   - threads of one block, by __syncthreads;
+//   - those of one named barrier, by it: what came before any arrival, before what follows a wait;
 //   - lanes of one warp, by __syncwarp over both: shuffles, votes and matrix products do not order
 //     memory;
 //   - two blocks of one launch, by nothing (the pattern "last block done" would need the fences
-//   that
-//     it uses to be modelled: no kernel here has it);
+//     that it uses to be modelled: no kernel here has it);
 //   - atomics do not conflict with each other.
 // Launches are ordered by their stream.
 #ifdef FUSED_EMULATOR_RACES
@@ -12,6 +12,7 @@
 #include "emulator/races.h"
 
 #include <dlfcn.h>
+#include <link.h>
 
 #include <algorithm>
 #include <array>
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "emulator/fiber.h"
+#include "emulator/thread_clocks.h"
 
 namespace fused::emulator {
 namespace {
@@ -31,7 +33,7 @@ enum class Kind : uint8_t { kRead, kWrite };
 struct Access {
   uint64_t block;
   uint32_t epoch;  // barriers that the block had passed
-  uint16_t clock;  // warp barriers that the thread had passed since, and one; 0: no access
+  uint16_t clock;  // lesser barriers that the thread had passed since, and one; 0: no access
   uint16_t thread;
   const void* where;
   bool is_atomic;
@@ -70,9 +72,34 @@ class Page {
   std::vector<Cell> cells_ = std::vector<Cell>(kPageBytes / kWidestAccess);
 };
 
+struct Range {
+  uintptr_t begin = 0;
+  size_t size = 0;
+};
+
+// Where the thread_local variables of this library lie in the calling thread: `__shared__` makes
+// one of each static shared variable.
+Range this_threads_variables() {
+  Range found;
+  const auto note = [](dl_phdr_info* library, size_t, void* found) {
+    Dl_info self;
+    dladdr(reinterpret_cast<void*>(&this_threads_variables), &self);
+    if (reinterpret_cast<uintptr_t>(self.dli_fbase) != library->dlpi_addr) return 0;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      if (library->dlpi_phdr[i].p_type != PT_TLS) continue;
+      *static_cast<Range*>(found) = {reinterpret_cast<uintptr_t>(library->dlpi_tls_data),
+                                     library->dlpi_phdr[i].p_memsz};
+    }
+    return 1;
+  };
+  dl_iterate_phdr(note, &found);
+  return found;
+}
+
 class Races {
  public:
   void begin_launch() {
+    static_shared_ = this_threads_variables();
     pages_.clear();
     last_page_ = nullptr;
   }
@@ -81,27 +108,26 @@ class Races {
     shared_bytes_ = shared_bytes;
     block_ = block_rank;
     epoch_ = 0;
-    reset_clocks();
+    begin_epoch();
   }
   void at_barrier() {
     ++epoch_;
-    reset_clocks();
+    begin_epoch();
   }
-  void at_warp_barrier(unsigned warp, unsigned mask);
+  void at_warp_barrier(unsigned warp, unsigned mask) { clocks_.meet(int(warp), mask); }
+  void arrive(int barrier, unsigned thread) { clocks_.arrive(int(thread), arrived_[barrier]); }
+  void leave(int barrier, unsigned thread) { clocks_.leave(int(thread), arrived_[barrier]); }
+  void reset(int barrier) { arrived_[barrier].clear(); }
   void access(uintptr_t address, size_t size, Kind kind, bool is_atomic, const void* where);
 
  private:
-  using Clocks = std::array<uint16_t, kWarpSize>;
-
-  // For every thread, how far it is known to be ordered after each lane of its warp.
-  void reset_clocks() {
-    clocks_.assign(kMaxThreads, Clocks{});
-    for (int thread = 0; thread < kMaxThreads; ++thread) {
-      clocks_[thread][thread % kWarpSize] = 1;
-    }
+  void begin_epoch() {
+    clocks_.reset();
+    for (auto& row : arrived_) std::fill(row.begin(), row.end(), 0);
   }
   bool in_shared_memory(uintptr_t address) const {
-    return address - reinterpret_cast<uintptr_t>(current_block->shared) < shared_bytes_;
+    return address - reinterpret_cast<uintptr_t>(current_block->shared) < shared_bytes_ ||
+           address - static_shared_.begin < static_shared_.size;
   }
   bool ordered(const Access& before, const Access& now, bool in_shared) const;
   Page& page_at(uintptr_t address);
@@ -111,34 +137,21 @@ class Races {
 
   const Stacks* stacks_ = nullptr;
   size_t shared_bytes_ = 0;
+  Range static_shared_;
   uint64_t block_ = 0;
   uint32_t epoch_ = 0;
-  std::vector<Clocks> clocks_;
+  ThreadClocks clocks_;
+  std::array<ThreadClocks::Row, kNamedBarriers> arrived_;
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages_;
   uintptr_t last_page_address_ = 0;
   Page* last_page_ = nullptr;
 };
 
-void Races::at_warp_barrier(unsigned warp, unsigned mask) {
-  Clocks latest{};
-  Clocks* const lanes = &clocks_[warp * kWarpSize];
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    for (int i = 0; i < kWarpSize; ++i) latest[i] = std::max(latest[i], lanes[lane][i]);
-  }
-  for (int lane = 0; lane < kWarpSize; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    lanes[lane] = latest;
-    ++lanes[lane][lane];
-  }
-}
-
 bool Races::ordered(const Access& before, const Access& now, bool in_shared) const {
   if (before.clock == 0 || (before.is_atomic && now.is_atomic)) return true;
   if (before.block != now.block) return in_shared;  // another block's memory, at the same place
   if (before.thread == now.thread || before.epoch != now.epoch) return true;
-  if (before.thread / kWarpSize != now.thread / kWarpSize) return false;
-  return clocks_[now.thread][before.thread % kWarpSize] >= before.clock;
+  return clocks_.seen(now.thread, before.thread) >= before.clock;
 }
 
 Page& Races::page_at(uintptr_t address) {
@@ -167,7 +180,7 @@ void Races::access(uintptr_t address, size_t size, Kind kind, bool is_atomic, co
   if (!current_thread || stacks_->contains(address)) return;
   const bool in_shared = in_shared_memory(address);
   const auto thread = static_cast<uint16_t>(current_thread->rank);
-  const Access now{block_, epoch_, clocks_[thread][thread % kWarpSize], thread, where, is_atomic};
+  const Access now{block_, epoch_, clocks_.own(thread), thread, where, is_atomic};
   for (uintptr_t at = address, end = address + size; at < end;) {
     Page& page = page_at(at);
     Cell& cell = page.covering(at, end - at);
@@ -216,7 +229,7 @@ void Races::report(uintptr_t address, const Access& before, Kind kind_before, co
   describe(now.where, here, sizeof here);
   describe(before.where, there, sizeof there);
   const auto offset = address - reinterpret_cast<uintptr_t>(current_block->shared);
-  if (in_shared_memory(address)) {
+  if (offset < shared_bytes_) {
     std::snprintf(memory, sizeof memory, "byte %zu of shared memory", size_t(offset));
   } else {
     std::snprintf(memory, sizeof memory, "address %#zx", size_t(address));
@@ -244,6 +257,9 @@ void races_begin_block(const Stacks& stacks, size_t shared_bytes, uint64_t block
 }
 void races_at_barrier() { races().at_barrier(); }
 void races_at_warp_barrier(unsigned warp, unsigned mask) { races().at_warp_barrier(warp, mask); }
+void races_arrive_at_named_barrier(int id, unsigned thread) { races().arrive(id, thread); }
+void races_leave_named_barrier(int id, unsigned thread) { races().leave(id, thread); }
+void races_reset_named_barrier(int id) { races().reset(id); }
 
 // For race_hooks.cpp, which is called by the compiler.
 void race_read(const void* address, size_t size, bool is_atomic, const void* where) {

@@ -22,6 +22,9 @@ void races_begin_launch();
 void races_begin_block(const Stacks& stacks, size_t shared_bytes, uint64_t block_rank);
 void races_at_barrier();
 void races_at_warp_barrier(unsigned warp, unsigned mask);
+void races_arrive_at_named_barrier(int id, unsigned thread);
+void races_leave_named_barrier(int id, unsigned thread);
+void races_reset_named_barrier(int id);
 
 #else
 
@@ -31,6 +34,9 @@ inline void races_begin_launch() {}
 inline void races_begin_block(const Stacks&, size_t, uint64_t) {}
 inline void races_at_barrier() {}
 inline void races_at_warp_barrier(unsigned, unsigned) {}
+inline void races_arrive_at_named_barrier(int, unsigned) {}
+inline void races_leave_named_barrier(int, unsigned) {}
+inline void races_reset_named_barrier(int) {}
 
 #endif
 

@@ -64,6 +64,10 @@ struct BarrierResult {
 };
 BarrierResult block_barrier(bool predicate, Site site);
 
+// Barrier 1 to 15 of the block: goes on, or waits until num_threads threads of whole warps came.
+constexpr int kNamedBarriers = 16;
+void named_barrier(int id, int num_threads, bool waits, Site site);
+
 // A warp collective. Each lane of the mask brings its own record, the last one to come runs
 // combine over all of them (records of lanes outside the mask are nullptr), then all go on.
 // combine returns what is wrong with the call, or nullptr. With one function per instruction, any

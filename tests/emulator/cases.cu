@@ -6,6 +6,7 @@
 
 #include "common/launch.h"
 #include "emulator/control.h"
+#include "named_barrier_cases.cuh"
 
 namespace fused::cases {
 
@@ -86,6 +87,22 @@ __global__ void votes_kernel(unsigned* out) {
   out[224 + lane] = __reduce_xor_sync(kAll, 1u << lane) - __reduce_and_sync(kAll, 7u | lane << 3);
 }
 
+// Each half of a warp for itself, under a mask of its own.
+__global__ void masks_kernel(unsigned* out) {
+  const int lane = int(threadIdx.x);
+  const unsigned mask = lane % 2 ? 0xaaaaaaaau : 0x55555555u;
+  const auto put = [&](int place, unsigned value) { out[place * 32 + lane] = value; };
+  put(0, __reduce_add_sync(mask, unsigned(lane)));
+  put(1, unsigned(__reduce_min_sync(mask, lane - 9)));
+  put(2, __reduce_max_sync(mask, unsigned(lane)));
+  put(3, __reduce_or_sync(mask, 1u << lane));
+  put(4, __match_any_sync(mask, lane / 16));
+  int predicate;
+  put(5, __match_all_sync(mask, lane % 2, &predicate) ^ unsigned(predicate));
+  put(6, __match_all_sync(mask, lane / 2, &predicate) ^ unsigned(predicate));
+  put(7, __ballot_sync(mask, lane < 16));
+}
+
 // The halves of a warp go through different collectives, in a different order and number.
 __global__ void halves_kernel(int* out) {
   const int lane = int(threadIdx.x);
@@ -109,6 +126,18 @@ __global__ void atomics_kernel(int* out, float* sum, unsigned* wrap) {
   if (atomicCAS(&out[4], 0, 1) == 0) atomicExch(&out[5], 42);
   atomicAdd(sum, 0.5f);
   atomicInc(wrap, 6u);
+}
+
+__global__ void shared_atomics_kernel(int* out) {
+  int* words = shared_memory<int>();
+  if (threadIdx.x < 4) words[threadIdx.x] = 0;
+  __syncthreads();
+  atomicAdd(&words[0], int(threadIdx.x));
+  atomicXor(&words[1], 1 << threadIdx.x % 31);
+  atomicMax(&words[2], int(threadIdx.x));
+  atomicDec(reinterpret_cast<unsigned*>(&words[3]), 6u);
+  __syncthreads();
+  if (threadIdx.x < 4) out[blockIdx.x * 4 + threadIdx.x] = words[threadIdx.x];
 }
 
 // ---- what CUDA forbids ----
@@ -241,15 +270,28 @@ const Case kCases[] = {
     FUSED_CASE(reverse_kernel<true>, int, 1, 64, 256),
     FUSED_CASE(reverse_kernel<false>, int, 1, 64, 256),
     FUSED_CASE(reducing_barriers_kernel, int, 1, 64),
+    FUSED_CASE(pairs_of_warps_kernel<true>, int, 1, 128, 512),
+    FUSED_CASE(pairs_of_warps_kernel<false>, int, 1, 128, 512),
+    FUSED_CASE(producer_kernel, int, 1, 96, 128),
+    FUSED_CASE(race_after_arrival, int, 1, 64, 128),
     FUSED_CASE(static_shared_kernel, int, 8, 64),
     FUSED_CASE(fresh_shared_memory_kernel, float, 8, 64, 256),
     FUSED_CASE(order_kernel, int, 1, 100),
     FUSED_CASE(shuffles_kernel, int, 1, 32),
     FUSED_CASE(votes_kernel, unsigned, 1, 32),
+    FUSED_CASE(masks_kernel, unsigned, 1, 32),
     FUSED_CASE(halves_kernel, int, 1, 32),
+    FUSED_CASE(shared_atomics_kernel, int, 3, 64, 16),
     FUSED_CASE(bad_exit_before_barrier, int, 1, 64),
     FUSED_CASE(bad_divergent_barrier, int, 1, 64),
     FUSED_CASE(bad_barrier_against_shuffle, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_of_too_few, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_of_an_odd_count, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_zero, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_of_two_counts, int, 1, 128),
+    FUSED_CASE(bad_named_barrier_of_half_warps, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_that_nobody_waits_at, int, 1, 64),
+    FUSED_CASE(bad_named_barrier_twice, int, 1, 64),
     FUSED_CASE(bad_exited_lane, int, 1, 64),
     FUSED_CASE(bad_caller_not_in_mask, int, 1, 64),
     FUSED_CASE(bad_lane_not_in_mask, int, 1, 64),

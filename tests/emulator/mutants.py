@@ -8,9 +8,9 @@ Every barrier and every wait is removed in turn, and a sample of the other lines
 a copy of the tree in build/mutants. A mutant is built with little optimisation and met with the
 smallest tests that should notice, then with all of its op's, then with the race detector and the
 sanitizers, until one fails. A mutant that no test can kill, because it computes the same, stands in
-EQUIVALENT with the reason; any other survivor fails the run. What was killed is kept by the text of
-the broken file and not met again (--afresh does), so that a run can be broken off and go on. A
-mutant takes about a quarter of a minute, half a minute where a header is compiled into many files.
+equivalent_mutants.py with the reason; any other survivor fails the run. What was killed is kept by
+the text of the broken file and not met again (--afresh does), so that a run can be broken off and
+go on. A mutant takes about a quarter of a minute, half where a header is compiled into many files.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from equivalent_mutants import EQUIVALENT
+
 from build_support.emulated import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,55 +67,6 @@ FAULTS: tuple[tuple[str, str, str], ...] = (
 )
 ALWAYS = ("barrier removed", "wait removed", "a wait too few")  # the others are sampled
 
-# Lines that compute the same with the fault: (file, fault, line) to the reason.
-FORWARD, BACKWARD = "csrc/attention/attention_forward.cu", "csrc/attention/attention_backward.cu"
-TILE, PACKS, WARP = (
-    "csrc/attention/attention_tile.cuh",
-    "csrc/common/vector_load.cuh",
-    "csrc/common/warp.cuh",
-)
-TABLE = "csrc/optim/tensor_table.cuh"
-TOO_LARGE = "tells 2^31 - 1 blocks from 2^31, which no machine that tests has the memory for"
-EQUIVALENT: dict[tuple[str, str, str], str] = {
-    (
-        path,
-        "> to >=",
-        'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
-    ): TOO_LARGE
-    for path in (FORWARD, BACKWARD)
-} | {
-    (
-        FORWARD,
-        "> to >=",
-        "new_max = running.max[r] > new_max ? running.max[r] : new_max;",
-    ): "of two equal maxima either will do",
-    (
-        WARP,
-        "> to >=",
-        "value = (other > value || other != other) ? other : value;",
-    ): "of two equal maxima either will do",
-    (
-        FORWARD,
-        "< to <=",
-        "row < p.seqlen_q && column < p.seqlen_k",
-    ): "the row behind the last is computed from zeros and never stored",
-    (
-        FORWARD,
-        "< to <=",
-        "if (p.maybe_rng != nullptr && row < p.seqlen_q && column < p.seqlen_k) {",
-    ): "the row behind the last is never stored",
-    (
-        TILE,
-        ">= to >",
-        "aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);",
-    ): "a whole pack is read element by element: slower, the same",
-    (
-        TABLE,
-        "< to <=",
-        "return {low, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};",
-    ): "equal values, either is chosen",
-}
-
 
 @dataclass(frozen=True)
 class Mutant:
@@ -130,7 +83,7 @@ class Mutant:
     @property
     def text(self) -> str:
         """The broken file."""
-        lines = (TREE / self.path).read_text().splitlines()
+        lines = (ROOT / self.path).read_text().splitlines()
         lines[self.line_number] = self.after
         return "\n".join(lines) + "\n"
 
@@ -143,7 +96,7 @@ class Mutant:
 
 
 def mutants_of(path: str) -> Iterator[Mutant]:
-    for number, line in enumerate((TREE / path).read_text().splitlines()):
+    for number, line in enumerate((ROOT / path).read_text().splitlines()):
         code = line.split("//")[0]
         declares = re.match(r"\s*(#|template|static|using|constexpr|struct)", code)
         # Declarations of arrays and parameters look like subscripts, and sizes may just grow.
@@ -215,8 +168,7 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
 
 def killer_of(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
-    path = TREE / mutant.path
-    original = path.read_text()
+    path, original = TREE / mutant.path, (ROOT / mutant.path).read_text()
     tests = TESTS[mutant.path.split("/")[1]]
     try:
         path.write_text(mutant.text)
@@ -281,14 +233,19 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="decide nothing")
     parser.add_argument("--afresh", action="store_true", help="decide again what was decided")
     options = parser.parse_args()
-    copy_tree()
-    paths = options.files or sorted(
-        str(path.relative_to(TREE))
+    if not options.table:
+        copy_tree()
+    every_path = sorted(
+        str(path.relative_to(ROOT))
         for folder in TESTS
         for pattern in ("*.cu", "*.cuh")
-        for path in (TREE / "csrc" / folder).glob(pattern)
+        for path in (ROOT / "csrc" / folder).glob(pattern)
     )
+    paths = options.files or every_path
     mutants = choose(paths, options.sample)
+    stale = EQUIVALENT.keys() - {mutant.key for path in every_path for mutant in mutants_of(path)}
+    if stale:
+        raise SystemExit(f"equivalent_mutants.py: there is no such line: {sorted(stale)}")
     verdicts = Verdicts(options.afresh)
     for mutant in mutants:
         start = time.monotonic()

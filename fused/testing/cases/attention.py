@@ -115,6 +115,7 @@ CASES = [
     AttentionCase("narrow values", head_dim=24, head_dim_v=5),
     AttentionCase("wide values", head_dim=5, head_dim_v=130),
     AttentionCase("head_dim 80", batch=1, head_dim=80, rows=34, keys=35),
+    AttentionCase("head_dim 14", head_dim=14),
     AttentionCase("head_dim 257", batch=1, heads=1, head_dim=257),
     AttentionCase("head_dim 512", batch=1, heads=1, head_dim=512, rows=3, keys=34),
     AttentionCase("scale", scale=0.3),

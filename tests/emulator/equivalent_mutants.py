@@ -1,0 +1,76 @@
+"""The mutants of mutants.py that no test can kill, because they compute the same."""
+
+from __future__ import annotations
+
+FORWARD, BACKWARD = "csrc/attention/attention_forward.cu", "csrc/attention/attention_backward.cu"
+TILE = "csrc/attention/attention_tile.cuh"
+CONV, CONV_WEIGHT = "csrc/conv/conv_forward.cu", "csrc/conv/conv_backward_weight.cu"
+ACTIVATION = "csrc/conv/conv_activation.cuh"
+TABLE = "csrc/optim/tensor_table.cuh"
+WARP = "csrc/common/warp.cuh"
+
+TOO_LARGE = "tells 2^31 - 1 blocks from 2^31, which no machine that tests has the memory for"
+EQUAL_MAXIMA = "of two equal maxima either will do"
+READ_IN_ANOTHER_ORDER = (
+    "of the two instances of the kernel, which read in different orders and give the same sums, it "
+    "takes the other for tensors of one channel"
+)
+
+# (file, fault, line) to the reason.
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        FORWARD,
+        "> to >=",
+        'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
+    ): TOO_LARGE,
+    (
+        BACKWARD,
+        "> to >=",
+        'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
+    ): TOO_LARGE,
+    (
+        FORWARD,
+        "> to >=",
+        "new_max = running.max[r] > new_max ? running.max[r] : new_max;",
+    ): EQUAL_MAXIMA,
+    (
+        WARP,
+        "> to >=",
+        "value = (other > value || other != other) ? other : value;",
+    ): EQUAL_MAXIMA,
+    (
+        FORWARD,
+        "< to <=",
+        "row < p.seqlen_q && column < p.seqlen_k",
+    ): "the row behind the last is computed from zeros and never stored",
+    (
+        FORWARD,
+        "< to <=",
+        "if (p.maybe_rng != nullptr && row < p.seqlen_q && column < p.seqlen_k) {",
+    ): "the row behind the last is never stored",
+    (
+        TILE,
+        ">= to >",
+        "aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);",
+    ): "a whole pack is read element by element: slower, the same",
+    (
+        TABLE,
+        "< to <=",
+        "return {low, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};",
+    ): "equal values, either is chosen",
+    (
+        ACTIVATION,
+        "< to <=",
+        "return x < A(0) ? A(0) : x;  // NaN stays",
+    ): "of -0 it makes +0, which compares equal and has the same gradient",
+    (
+        CONV,
+        "> to >=",
+        "const bool channels_last = c.dest_stride.channel == 1 && int64_t{c.groups} * c.rows > 1;",
+    ): READ_IN_ANOTHER_ORDER,
+    (
+        CONV_WEIGHT,
+        "* to +",
+        "grad_last && (c.source_stride.channel == 1 || c.groups * c.depth == 1);",
+    ): READ_IN_ANOTHER_ORDER,
+}
