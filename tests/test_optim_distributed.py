@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -343,6 +344,42 @@ def check_zero(cls: type, as_views: bool) -> None:
 def test_zero_redundancy_optimizer(as_views: bool, tmp_path: Path) -> None:
     for cls in CLASSES:
         on_ranks(2, tmp_path, check_zero, cls, as_views)
+
+
+# --- Steps in the backward pass -------------------------------------------------------------------
+
+
+def check_step_in_backward(engine: str) -> None:
+    results = []
+    for inside in (True, False):
+        network: nn.Module = sharded_model((2,)) if engine == "fsdp" else model()
+        if inside:
+            optimizer = fused.optim.step_in_backward(network, fused.AdamW, lr=0.05)
+        else:
+            optimizer = fused.AdamW(network.parameters(), lr=0.05)
+        if engine != "fsdp":
+            as_views = engine == "ddp with views"
+            network = DistributedDataParallel(network, gradient_as_bucket_view=as_views)
+        for step in range(STEPS):
+            # DDP's hook waits for the stream of an accelerator, and a CPU has none.
+            with mock.patch("torch.accelerator.current_stream"):
+                backward(network, step)
+            if inside:
+                assert all(p.grad is None for p in network.parameters())
+            else:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append(everything(network, optimizer))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    if engine != "fsdp":
+        with pytest.raises(ValueError, match=r"model must be wrapped by .* after this call"):
+            fused.optim.step_in_backward(network, fused.AdamW)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "ddp", "ddp with views"])
+def test_step_in_backward(engine: str, tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_step_in_backward, engine)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
