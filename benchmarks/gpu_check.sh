@@ -4,25 +4,28 @@
 #   benchmarks/gpu_check.sh                      all parts, one after the other
 #   benchmarks/gpu_check.sh build tests          some of them, where one command may take ten minutes
 #
-# Parts: build, tests, memcheck, racecheck, synccheck, bench, report. Uses the machine's own torch,
-# nvcc, ninja, pybind11 and pytest; what needs another package that is not there is listed as not
-# run. Each part leaves its findings in build/gpu_check; report gathers them in
+# Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and memcheck-conv or bench-lstm,
+# say, for one op of it, each with ten minutes of its own. Uses the machine's own torch, nvcc, ninja,
+# pybind11 and pytest; what needs another package that is not there is listed as not run. Each part
+# leaves its findings in build/gpu_check, which build empties; report gathers them in
 # benchmarks/results/<gpu>.json, from which the README's figures come.
+# shellcheck disable=SC2329  # functions that `bash -c` calls
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 root=$PWD
 work=$root/build/gpu_check
 python=${PYTHON:-python3}
 part_seconds=${PART_SECONDS:-570}
-mkdir -p "$work"
+ops=(attention conv lstm optim)
 
 failed=0
 part() {
   local name=$1 began=$SECONDS
-  shift
   echo "=== $name"
-  timeout "$part_seconds" "$@"
+  # memcheck-conv is the function memcheck with the argument conv.
+  timeout "$part_seconds" bash -c "${name/-/ }"
   local status=$?
+  mkdir -p "$work"
   "$python" benchmarks/gpu_findings.py note "$name" "$status" $((SECONDS - began))
   case $status in
     0) echo "=== $name: passed in $((SECONDS - began)) s" ;;
@@ -31,7 +34,12 @@ part() {
   esac
 }
 
-build() { "$python" -m pip install -q --no-build-isolation --no-index --force-reinstall --no-deps .; }
+# With the CUDA kernels or not at all. What an earlier build was found to do is of no use any more.
+build() {
+  rm -rf "$work"
+  FUSED_CUDA=1 "$python" -m pip install -q --no-build-isolation --no-index --force-reinstall \
+    --no-deps .
+}
 
 # The tests see the installed package: the tree's own `fused`, which has no libraries, stays out.
 tree_without_package() {
@@ -50,37 +58,44 @@ tests() {
   "$python" -m pytest -q $(ignored_tests) --junitxml="$work/tests.xml" tests
 }
 
-# The kernel tests alone, small cases first; every kernel is in them. Without torch's cache each
-# tensor is an allocation of its own, with unmapped memory around it.
+# The kernel tests of an op alone, small cases first; every kernel is in them. Without torch's cache
+# each tensor is an allocation of its own, with unmapped memory around it.
 sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here" && return 127; }
   tree_without_package
   # shellcheck disable=SC2046
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" -m pytest -q -x $(ignored_tests) -k "cuda and float32" \
-    tests/test_attention.py tests/test_conv.py tests/test_lstm.py tests/test_optim.py
+    "$python" -m pytest -q -x $(ignored_tests) -k "cuda and float32" "tests/test_$2.py"
 }
+memcheck() { sanitize memcheck "$1"; }
+racecheck() { sanitize racecheck "$1"; }
+synccheck() { sanitize synccheck "$1"; }
 
 bench() {
   tree_without_package
-  "$python" -m fused bench --device cuda --json "$work/bench.json"
+  "$python" -m fused bench "$1" --device cuda --json "$work/$1.bench.json"
 }
 
 report() { "$python" "$root/benchmarks/gpu_findings.py" report; }
 
-export -f build tree_without_package ignored_tests tests sanitize bench report
-export root work python
-for name in "${@:-all}"; do
-  case $name in
-    all)
-      for each in build tests; do part $each bash -c $each; done
-      for tool in memcheck racecheck synccheck; do part $tool bash -c "sanitize $tool"; done
-      for each in bench report; do part $each bash -c $each; done
+parts_of() {
+  local each
+  case $1 in
+    all) for each in build tests memcheck racecheck synccheck bench report; do parts_of $each; done ;;
+    build | tests | report) echo "$1" ;;
+    memcheck | racecheck | synccheck | bench) printf "$1-%s\n" "${ops[@]}" ;;
+    *)
+      for each in memcheck racecheck synccheck bench; do parts_of $each; done | grep -Fx -- "$1" && return
+      echo "gpu_check: part must be build, tests, memcheck, racecheck, synccheck, bench or report," \
+        "or one of the four with an op behind it (bench-lstm), got $1" >&2
+      return 1
       ;;
-    memcheck | racecheck | synccheck) part "$name" bash -c "sanitize $name" ;;
-    build | tests | bench | report) part "$name" bash -c "$name" ;;
-    *) echo "gpu_check: part must be build, tests, memcheck, racecheck, synccheck, bench or report," \
-      "got $name" && exit 2 ;;
   esac
-done
+}
+
+export -f build tree_without_package ignored_tests tests sanitize memcheck racecheck synccheck \
+  bench report
+export root work python
+names=$(for name in "${@:-all}"; do parts_of "$name" || exit 1; done) || exit 2
+for name in $names; do part "$name"; done
 exit $failed

@@ -8,6 +8,7 @@ python benchmarks/gpu_findings.py report
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import importlib.util
 import json
 import re
@@ -70,13 +71,20 @@ def first_line(*command: str) -> str:
     return (answer.stdout.strip().splitlines() or ["unknown"])[-1]
 
 
+def benchmarks() -> dict[str, Any] | None:
+    """The figures of every op that finished, with the environment of the first."""
+    found = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.bench.json"))]
+    if not found:
+        return None
+    return found[0] | {"cases": [case for one in found for case in one["cases"]]}
+
+
 def report() -> None:
     import torch
 
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check: torch finds no GPU here; nothing is written")
     gpu = torch.cuda.get_device_name()
-    bench = WORK / "bench.json"
     parts = {
         path.name.removesuffix(".part.json"): json.loads(path.read_text())
         for path in sorted(WORK.glob("*.part.json"))
@@ -86,6 +94,7 @@ def report() -> None:
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
         "driver": first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "nvcc": first_line("nvcc", "--version"),
+        "fused": importlib.metadata.version("fused-kernels"),
         "torch": str(torch.__version__),
         "cuda": torch.version.cuda,
         "python": sys.version.split()[0],
@@ -94,7 +103,7 @@ def report() -> None:
         "parts": parts,
         "tests": test_counts(),
         "tests_not_run": tests_not_run(),
-        "benchmarks": json.loads(bench.read_text()) if bench.exists() else None,
+        "benchmarks": benchmarks(),
     }
     name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
     target = ROOT / "benchmarks" / "results" / f"{name}.json"

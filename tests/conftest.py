@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from fused.testing import emulated_cuda
 BACKENDS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 _deselected = pytest.StashKey[int]()
+_backends = pytest.StashKey[dict[str, str]]()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -52,7 +52,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "last: looks back at the session, and so runs at its end")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[_backends] = {item.nodeid: backend_of(item) for item in items}
     items.sort(key=lambda item: item.get_closest_marker("last") is not None)
 
 
@@ -62,21 +63,20 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             item.config.stash[_deselected] = item.config.stash.get(_deselected, 0) + 1
 
 
-def backend_of(nodeid: str) -> str:
+def backend_of(item: pytest.Item) -> str:
     """Which kernels a test runs; the emulator's own tests count as emulated."""
-    if "emulat" in nodeid:
-        return "emulated"
-    words = re.findall(r"\w+", nodeid.partition("[")[2])
-    return next((backend for backend in ("cuda", "cpu") if backend in words), "no backend")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("backend", "emulated" if "emulat" in item.nodeid else "no backend")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    backends = terminalreporter.config.stash.get(_backends, {})
     tests: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
     for reports in terminalreporter.stats.values():
         for report in reports:
-            if isinstance(report, pytest.TestReport):
-                backend = backend_of(report.nodeid)
+            if isinstance(report, pytest.TestReport) and report.nodeid in backends:
+                backend = backends[report.nodeid]
                 tests[backend] += report.when == "call"
                 seconds[backend] += report.duration
     terminalreporter.section("backends")
