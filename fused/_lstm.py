@@ -126,81 +126,70 @@ class LSTMCellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        h_next, c_next, gates = _route.kernels().lstm_cell_forward(*tensors)
+        outputs = _route.kernels().lstm_cell_forward(*tensors)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, c_next, gates)
-        return h_next, c_next
+        _setup_cell(ctx, tensors, outputs)
+        return outputs[:2]
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        *tensors, c_next, gates = ctx.saved_tensors
-        if _route.needs_composite_gradients(grad_h, grad_c):
-            return _route.composite_gradients(lstm_cell_composite, tensors, (grad_h, grad_c))
-        run = (
-            torch.ops.fused.lstm_cell_backward
-            if _route.is_traced(grad_h, grad_c)
-            else _route.kernels().lstm_cell_backward
-        )
-        return _cell_gradients(run, grad_h, grad_c, tensors, c_next, gates, ctx.needs_input_grad)
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        ops = torch.ops.fused if _route.is_traced(*grad_outputs) else _route.kernels()
+        return _cell_gradients(ctx, ops, grad_outputs)
+
+
+def _setup_cell(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output[1:])
 
 
 def _cell_gradients(
-    run: Any,
-    grad_h: Tensor | None,
-    grad_c: Tensor | None,
-    tensors: list[Tensor],
-    c_next: Tensor,
-    gates: Tensor,
-    needs_input_grad: tuple[bool, ...],
+    ctx: Any, ops: Any, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    needs_bias = needs_input_grad[5] or needs_input_grad[6]
-    needs = [*needs_input_grad[:5], needs_bias]
-    grads = run(grad_h, grad_c, *tensors[:5], c_next, gates, needs)
+    *tensors, c_next, gates = ctx.saved_tensors
+    if _route.needs_composite_gradients(*grad_outputs):
+        return _route.composite_gradients(lstm_cell_composite, tensors, grad_outputs)
+    wanted = ctx.needs_input_grad
+    needs = [*wanted[:5], wanted[5] or wanted[6]]
+    grads = ops.lstm_cell_backward(*grad_outputs, *tensors[:5], c_next, gates, needs)
     grads = (*grads[:5], grads[5], grads[5])
-    return tuple(g if needed else None for g, needed in zip(grads, needs_input_grad, strict=True))
+    return tuple(g if needed else None for g, needed in zip(grads, wanted, strict=True))
 
 
 class LSTMLayerFunction(torch.autograd.Function):
     """The layer's kernels as one differentiable function of input, states and weights."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output, h_n, c_n, *saved = _route.kernels().lstm_layer_forward(*arguments)
-        *tensors, batch_sizes, ctx.reverse = arguments
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        outputs = _route.kernels().lstm_layer_forward(*arguments)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, batch_sizes, output, *saved)
-        return output, h_n, c_n
+        _setup_layer(ctx, arguments, outputs)
+        return outputs[:3]
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, batch_sizes = ctx.saved_tensors[:8], ctx.saved_tensors[8]
-        saved = ctx.saved_tensors[9:]
-        if _route.needs_composite_gradients(*grad_outputs):
-            inputs = (*tensors, batch_sizes, ctx.reverse)
-            return _route.composite_gradients(lstm_layer_composite, inputs, grad_outputs)
-        run = (
-            torch.ops.fused.lstm_layer_backward
-            if _route.is_traced(*grad_outputs)
-            else _route.kernels().lstm_layer_backward
-        )
-        options = (batch_sizes, ctx.reverse)
-        return _layer_gradients(run, grad_outputs, tensors, options, saved, ctx.needs_input_grad)
+        ops = torch.ops.fused if _route.is_traced(*grad_outputs) else _route.kernels()
+        return _layer_gradients(ctx, ops, grad_outputs)
+
+
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.reverse = inputs
+    ctx.save_for_backward(*tensors, output[0], *output[3:])
 
 
 def _layer_gradients(
-    run: Any,
-    grad_outputs: tuple[Tensor | None, ...],
-    tensors: tuple[Tensor, ...],
-    options: tuple[Tensor | None, bool],
-    saved: tuple[Tensor, ...],
-    needs_input_grad: tuple[bool, ...],
+    ctx: Any, ops: Any, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    needs = [*needs_input_grad[:5], needs_input_grad[5] or needs_input_grad[6], needs_input_grad[7]]
-    grads = run(*grad_outputs, *tensors[:5], tensors[7], *options, *saved, needs)
+    tensors, batch_sizes, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    options = (batch_sizes, ctx.reverse)
+    if _route.needs_composite_gradients(*grad_outputs):
+        inputs = (*tensors, *options)
+        return _route.composite_gradients(lstm_layer_composite, inputs, grad_outputs)
+    wanted = ctx.needs_input_grad
+    needs = [*wanted[:5], wanted[5] or wanted[6], wanted[7]]
+    grads = ops.lstm_layer_backward(
+        *grad_outputs, *tensors[:5], tensors[7], *options, *saved, needs
+    )
     grads = (*grads[:5], grads[5], grads[5], grads[6], None, None)
-    return tuple(g if needed else None for g, needed in zip(grads, needs_input_grad, strict=True))
+    return tuple(g if needed else None for g, needed in zip(grads, wanted, strict=True))
 
 
 def lstm_cell_composite(
@@ -283,26 +272,12 @@ def _(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, w_hr, *rest): 
     return (*grads, bias, _empty_unless(needs[6], input, *projection))
 
 
-def _setup_cell(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
+def _backward_cell(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _cell_gradients(ctx, torch.ops.fused, grad_outputs[:2])
 
 
-def _backward_cell(ctx: Any, grad_h: Tensor, grad_c: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *tensors, c_next, gates = ctx.saved_tensors
-    run = torch.ops.fused.lstm_cell_backward
-    return _cell_gradients(run, grad_h, grad_c, tensors, c_next, gates, ctx.needs_input_grad)
-
-
-def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.reverse = inputs
-    ctx.save_for_backward(*tensors, output[0], *output[3:])
-
-
-def _backward_layer(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    tensors, batch_sizes, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
-    run = torch.ops.fused.lstm_layer_backward
-    options = (batch_sizes, ctx.reverse)
-    return _layer_gradients(run, grads[:3], tensors, options, saved, ctx.needs_input_grad)
+def _backward_layer(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _layer_gradients(ctx, torch.ops.fused, grad_outputs[:3])
 
 
 torch.library.register_autograd(

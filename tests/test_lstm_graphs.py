@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused import _lstm
@@ -56,6 +57,29 @@ def test_cell_derivatives(bias: str, backend: torch.device) -> None:
     call, inputs = as_function(cell, case.make(torch.float64, backend), {})
     assert torch.autograd.gradcheck(call, inputs, fast_mode=False)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=False)
+
+
+@pytest.mark.parametrize("function", ["cell", "layer"])
+def test_derivatives_under_a_dispatch_mode(function: str) -> None:
+    """There the registered ops run, which have derivatives beyond the first too."""
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    device = torch.device("cpu")
+    if function == "cell":
+        case = LSTMCellCase("", batch=2, input_size=3, hidden_size=3)
+        call, inputs = as_function(cell, case.make(torch.float64, device), {})
+    else:
+        call, inputs = as_function(_lstm.lstm_layer, *LAYERS[3].make(torch.float64, device))
+    with Watch():
+        assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+        assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    for op in ("forward", "backward"):
+        assert f"fused.lstm_{function}_{op}.default" in seen
 
 
 def test_gradients_with_create_graph_are_the_kernels(backend: torch.device) -> None:
