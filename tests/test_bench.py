@@ -11,7 +11,7 @@ import fused
 from fused.__main__ import main
 from fused._report.text import count, duration, table, three_digits
 from fused.bench import cases as case_list
-from fused.bench import command
+from fused.bench import command, measure, optim_cases, results
 from fused.bench.case import Case, Workbench, forward_backward
 from fused.bench.measure import check, interleave, main_kernel, run_case
 
@@ -78,7 +78,8 @@ SMALL = {
     "depthwise": lambda: case_list._conv((1, 4, 8), 4, 3, depthwise=True, backward=True),
     "lstm_cell": lambda: case_list._lstm_cell(2, 8, backward=True),
     "lstm": lambda: case_list._lstm(3, 2, 8, num_layers=2, bidirectional=True, backward=True),
-    "optim": lambda: case_list._optim("AdamW", 2, (5,), "fused", clip=True),
+    "optim": lambda: optim_cases.step_case("AdamW", (2, (5,)), "fused", clip=True),
+    "clip_grad_norm_": lambda: optim_cases.clip_case((2, (5,))),
 }
 
 
@@ -120,6 +121,17 @@ def test_result_compares_round_by_round():
     assert len(result.ratios()) == len(result.timings["stock"].rounds) >= 5
     assert result.rate("stock") == pytest.approx(2 / result.timings["stock"].median)
     assert result.wrong is None and result.stock_kernel == "mm"
+
+
+def test_what_memory_bounds_is_compared_with_plain_passes(monkeypatch):
+    case = optim_cases.step_case("SGD", (2, (4096,)), "fused")
+    assert run_case(case, CPU, 0.001).memory_rate is None  # too small: its memory is a cache
+    monkeypatch.setattr(measure, "_LARGE_BYTES", 1 << 17)
+    result = run_case(case, CPU, 0.001)
+    assert result.memory_rate > 0 and set(result.timings) == {"stock", "fused"}
+    share = f"{result.rate('fused') / result.memory_rate:.0%}"
+    assert any(f"({share} of memory)" in cell for cell in results.row(result, compiled=False))
+    assert results.as_data(result)["memory_rate"] == result.memory_rate
 
 
 # Command

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fused
 from fused.bench.case import Case, Runnable, Workbench, forward_backward, forward_only
+from fused.bench.optim_cases import optim_cases
 from fused.models._layers import StockConv2d
 
 OPS = ("attention", "conv", "lstm", "optim")
@@ -22,7 +23,7 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    return (*_attention_cases(), *_conv_cases(), *_lstm_cases(), *_optim_cases())
+    return (*_attention_cases(), *_conv_cases(), *_lstm_cases(), *optim_cases())
 
 
 def cases(op: str) -> list[Case]:
@@ -246,67 +247,3 @@ def _lstm_cases() -> Iterator[Case]:
         yield _lstm(64, 32, 256, dtype=BF16, backward=backward)
         yield _lstm(64, 1, 256, backward=backward)
         yield _lstm(32, 16, 128, num_layers=2, bidirectional=True, backward=backward)
-
-
-# Optimizers
-
-_LARGE = (1024, 1024)  # 17 million parameters in 16 tensors
-_SMALL = (37,)  # 500 tensors that are mostly overhead
-
-
-def _optim(
-    name: str,
-    count: int,
-    shape: tuple[int, ...],
-    stock: Literal["loop", "foreach", "fused"],
-    *,
-    clip: bool = False,
-    quick: bool = False,
-    **options: Any,
-) -> Case:
-    stock_options = {"foreach": stock == "foreach", "fused": stock == "fused"}
-
-    def build(bench: Workbench) -> Runnable:
-        parameters = [bench.tensor(*shape, requires_grad=True) for _ in range(count)]
-        for parameter in parameters:
-            parameter.grad = bench.tensor(*shape)
-        if bench.layers == "fused":
-            optimizer = getattr(fused, name)(parameters, lr=1e-3, **options)
-        else:
-            optimizer = getattr(torch.optim, name)(parameters, lr=1e-3, **options, **stock_options)
-
-        def step() -> None:
-            if clip:
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            if clip:
-                optimizer.zero_grad(set_to_none=False)  # in place, for there is no backward pass
-
-        run_step = bench.function(step)
-
-        def run() -> list[torch.Tensor]:
-            run_step()
-            return parameters
-
-        return run
-
-    elements = count * torch.Size(shape).numel()
-    # Parameter and each state are read and written, the gradient is read.
-    moved = elements * 4 * (5 if name == "SGD" else 7)
-    words = ("clip +" if clip else "", name, f"{count} tensors of {'x'.join(map(str, shape))}")
-    row = " ".join(word for word in words if word)
-    row += f"{', zero_grad' if clip else ''}, stock {stock}"
-    return Case("optim", row, F32, build, moved, "GB/s", quick)
-
-
-def _optim_cases() -> Iterator[Case]:
-    stocks: tuple[Literal["loop", "foreach", "fused"], ...] = ("loop", "foreach", "fused")
-    for stock in stocks:
-        yield _optim("AdamW", 16, _LARGE, stock)
-        yield _optim("AdamW", 500, _SMALL, stock, quick=True)
-    yield _optim("Adam", 16, _LARGE, "fused", weight_decay=0.01)
-    yield _optim("Adam", 500, _SMALL, "fused", weight_decay=0.01)
-    yield _optim("SGD", 16, _LARGE, "fused", momentum=0.9)
-    yield _optim("SGD", 500, _SMALL, "fused", momentum=0.9, quick=True)
-    yield _optim("AdamW", 16, _LARGE, "fused", clip=True)
-    yield _optim("AdamW", 500, _SMALL, "fused", clip=True)

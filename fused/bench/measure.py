@@ -18,6 +18,7 @@ from fused.testing import assert_as_accurate_as_stock
 _BLOCK_SECONDS = 0.005  # a block of calls lasts at least this long, or one call
 _SLOW_SECONDS = 0.02  # a call this long is not noticeably slower for finding its caches cold
 _MIN_ROUNDS = 5
+_LARGE_BYTES = 128 << 20  # far beyond any cache, to copy and for a case to be compared with that
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Result:
     stock_kernel: str  # what stock spent most of its time in
     wrong: str | None  # how fused failed its check
     failed: dict[Contender, str]  # contenders that could not run, and why
+    memory_rate: float | None = None  # GB/s that plain passes reach meanwhile, if memory bounds
 
     def ratios(self, contender: Contender = "fused") -> list[float]:
         """How many times faster than stock, round by round."""
@@ -66,8 +68,24 @@ def run_case(case: Case, device: torch.device, seconds: float, *, compiled: bool
             runs["compiled"] = run
         except Exception as error:  # the compiler's failure is a result, whatever its kind
             failed["compiled"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    timings = interleave(runs, device, seconds)
-    return Result(case, timings, main_kernel(runs["stock"], device), wrong, failed)
+    passes = _plain_passes(case, device)
+    timings = interleave({**runs, **passes}, device, seconds)
+    rates = [2 * _LARGE_BYTES / timings.pop(name).median / 1e9 for name in passes]
+    kernel = main_kernel(runs["stock"], device)
+    return Result(case, timings, kernel, wrong, failed, max(rates, default=None))
+
+
+def _plain_passes(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Passes over memory that read and write _LARGE_BYTES each; none where they would say nothing.
+
+    A copy and a pass in place: which of them is faster is the machine's choice. They take turns
+    with the contenders, because its bandwidth changes with whatever else it does.
+    """
+    if case.unit != "GB/s" or case.work < _LARGE_BYTES:
+        return {}
+    source = torch.ones(_LARGE_BYTES // 4, device=device)
+    target = torch.zeros_like(source)
+    return {"copy": lambda: target.copy_(source), "in place": lambda: source.neg_()}
 
 
 def check(case: Case, device: torch.device) -> str | None:

@@ -32,9 +32,16 @@ def row(result: Result, *, compiled: bool) -> list[str]:
         duration(result.timings["fused"].median),
         ratio(result.ratio()) if result.wrong is None else "WRONG",
         *extra,
-        f"{three_digits(result.rate('stock'))} → {three_digits(result.rate('fused'))} {unit}",
+        f"{three_digits(result.rate('stock'))} → {three_digits(result.rate('fused'))} {unit}"
+        + _share_of_memory(result),
         result.stock_kernel,
     ]
+
+
+def _share_of_memory(result: Result) -> str:
+    if result.memory_rate is None:
+        return ""
+    return f" ({result.rate('fused') / result.memory_rate:.0%} of memory)"
 
 
 def as_data(result: Result) -> dict[str, Any]:
@@ -49,6 +56,7 @@ def as_data(result: Result) -> dict[str, Any]:
         "ratio_quartiles": [quartiles[0], quartiles[2]],
         "rate": {name: result.rate(name) for name in result.timings},
         "unit": result.case.unit,
+        "memory_rate": result.memory_rate,
         "stock_kernel": result.stock_kernel,
         "wrong": result.wrong,
         "failed": result.failed,
