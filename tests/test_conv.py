@@ -126,7 +126,10 @@ def test_unbatched_input(case: ConvCase, backend: torch.device) -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["beyond tiles", "depthwise", "groups", "stride 2, channels-last"])
+REPEATED = ["beyond tiles", "many images", "depthwise", "groups", "stride 2, channels-last"]
+
+
+@pytest.mark.parametrize("name", REPEATED)
 def test_a_repeated_run_is_bitwise_equal(name: str, backend: torch.device) -> None:
     case = next(c for c in CASES if c.name == name)
     tensors, options = case.make(torch.float32, backend)
@@ -135,7 +138,7 @@ def test_a_repeated_run_is_bitwise_equal(name: str, backend: torch.device) -> No
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", ["beyond tiles", "depthwise", "stride 2, channels-last"])
+@pytest.mark.parametrize("name", REPEATED)
 def test_the_number_of_threads_changes_nothing(name: str) -> None:
     case = next(c for c in CASES if c.name == name)
     tensors, options = case.make(torch.float32, "cpu")

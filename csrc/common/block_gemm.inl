@@ -35,10 +35,12 @@ struct Listed {
 };
 
 // C[kRows, kVectors * lanes] (+)= A[kRows, k] B[k, kVectors * lanes], C held in registers.
-// A's elements lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]].
-template <typename A, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB>
+// A's elements lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at
+// c[rows_c[row]].
+template <typename A, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB,
+          typename RowsC>
 static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a, const A* b,
-                             StepsB steps_b, A* c, int64_t ldc, bool accumulate) {
+                             StepsB steps_b, A* c, RowsC rows_c, bool accumulate) {
   using Vector = typename VectorOf<A>::type;
   using Unaligned = typename VectorOf<A>::unaligned_type;
   Vector sum[kRows][kVectors];
@@ -67,24 +69,25 @@ static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(c + r * ldc + v * kLanes<A>);
+      Unaligned* out = reinterpret_cast<Unaligned*>(c + rows_c[r] + v * kLanes<A>);
       *out = accumulate ? Vector(*out) + sum[r][v] : sum[r][v];
     }
   }
 }
 
 // All rows of one stripe of kVectors columns of vectors.
-template <typename A, int kVectors, typename RowsA, typename StepsA, typename StepsB>
+template <typename A, int kVectors, typename RowsA, typename StepsA, typename StepsB,
+          typename RowsC>
 static inline void gemm_stripe(int64_t m, int64_t k, const A* a, RowsA rows_a, StepsA steps_a,
-                               const A* b, StepsB steps_b, A* c, int64_t ldc, bool accumulate) {
+                               const A* b, StepsB steps_b, A* c, RowsC rows_c, bool accumulate) {
   // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A.
   constexpr int kRows = FUSED_VECTOR_BYTES == 64 ? 8 : 4;
   int64_t row = 0;
   const auto tile = [&](auto rows) {
     constexpr int kTileRows = decltype(rows)::value;
-    gemm_tile<A, kTileRows, kVectors>(k, a, rows_a, steps_a, b, steps_b, c + row * ldc, ldc,
-                                      accumulate);
+    gemm_tile<A, kTileRows, kVectors>(k, a, rows_a, steps_a, b, steps_b, c, rows_c, accumulate);
     rows_a = rows_a.from(kTileRows);
+    rows_c = rows_c.from(kTileRows);
     row += kTileRows;
   };
   while (m - row >= kRows) tile(std::integral_constant<int, kRows>{});
@@ -95,20 +98,23 @@ static inline void gemm_stripe(int64_t m, int64_t k, const A* a, RowsA rows_a, S
 
 // C[m, n] (+)= A[m, k] B[k, n]. B and C are read and written in whole vectors: their rows must be
 // padded<A>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
-// lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]].
-template <typename A, typename RowsA, typename StepsA, typename StepsB>
+// lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at c[rows_c[row]].
+template <typename A, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
 static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const A* a, RowsA rows_a,
-                                      StepsA steps_a, const A* b, StepsB steps_b, A* c, int64_t ldc,
-                                      bool accumulate) {
+                                      StepsA steps_a, const A* b, StepsB steps_b, A* c,
+                                      RowsC rows_c, bool accumulate) {
   constexpr int64_t kStripe = 3 * kLanes<A>;
   int64_t column = 0;
   for (; n - column > 2 * kLanes<A>; column += kStripe) {
-    gemm_stripe<A, 3>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+    gemm_stripe<A, 3>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
+                      accumulate);
   }
   if (n - column > kLanes<A>) {
-    gemm_stripe<A, 2>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+    gemm_stripe<A, 2>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
+                      accumulate);
   } else if (n > column) {
-    gemm_stripe<A, 1>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, ldc, accumulate);
+    gemm_stripe<A, 1>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
+                      accumulate);
   }
 }
 
@@ -119,5 +125,5 @@ static inline void block_gemm(int64_t m, int64_t n, int64_t k, const A* a, int64
                               int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
                               bool accumulate) {
   indexed_block_gemm<A>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
-                        ldc, accumulate);
+                        Spaced{ldc}, accumulate);
 }

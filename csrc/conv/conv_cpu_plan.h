@@ -12,8 +12,6 @@
 
 namespace fused {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Destination positions of a unit: `images` images, one depth, `rows` rows, `columns` columns.
 struct UnitShape {
   int64_t images, rows, columns;
@@ -53,13 +51,17 @@ struct UnitGrid {
   }
 };
 
-// About `target` positions in whole rows, whole images where they are small.
+// About `target` positions in whole rows, whole images where they are small; the units of an axis
+// about alike.
 inline UnitShape unit_shape(const int32_t* count, int64_t batch, int64_t target) {
-  UnitShape unit{1, 1, std::min<int64_t>(count[2], target)};
+  const auto share = [](int64_t all, int64_t most) {
+    return ceil_div(all, ceil_div(all, std::clamp<int64_t>(most, 1, all)));
+  };
+  UnitShape unit{1, 1, share(count[2], target)};
   if (unit.columns < count[2]) return unit;
-  unit.rows = std::min<int64_t>(count[1], std::max<int64_t>(1, target / unit.columns));
+  unit.rows = share(count[1], target / unit.columns);
   if (unit.rows < count[1] || count[0] > 1) return unit;
-  unit.images = std::min(batch, std::max<int64_t>(1, target / (unit.rows * unit.columns)));
+  unit.images = share(batch, target / (unit.rows * unit.columns));
   return unit;
 }
 
@@ -94,6 +96,22 @@ inline TapAxis tap_axis(const Correlation& c, int axis) {
   return t;
 }
 
+inline int64_t num_taps(const Correlation& c) { return int64_t{c.taps[0]} * c.taps[1] * c.taps[2]; }
+
+// One past the highest element of the source, of the destination.
+inline int64_t one_past(const ConvStrides& stride, int64_t batch, int64_t channels,
+                        const int32_t* size) {
+  int64_t last = (batch - 1) * stride.outer + (channels - 1) * stride.channel;
+  for (int axis = 0; axis < 3; ++axis) last += (size[axis] - 1) * stride.space[axis];
+  return last + 1;
+}
+inline int64_t source_end(const Correlation& c) {
+  return one_past(c.source_stride, c.batch, int64_t{c.groups} * c.depth, c.source_size);
+}
+inline int64_t dest_end(const Correlation& c) {
+  return one_past(c.dest_stride, c.batch, int64_t{c.groups} * c.rows, c.count);
+}
+
 // Whether every tap of every destination reads inside the source.
 inline bool reads_inside(const Correlation& c) {
   for (int axis = 0; axis < 3; ++axis) {
@@ -106,96 +124,233 @@ inline bool reads_inside(const Correlation& c) {
   return true;
 }
 
-inline int64_t num_taps(const Correlation& c) { return int64_t{c.taps[0]} * c.taps[1] * c.taps[2]; }
-
-// One past the highest element that the correlation's source has.
-inline int64_t source_end(const Correlation& c) {
-  int64_t last = (c.batch - 1) * c.source_stride.outer +
-                 (int64_t{c.groups} * c.depth - 1) * c.source_stride.channel;
-  for (int axis = 0; axis < 3; ++axis) {
-    last += (c.source_size[axis] - 1) * c.source_stride.space[axis];
-  }
-  return last + 1;
-}
-
 // Tiles stay well inside a second-level cache (elements).
 constexpr int64_t kTileElements = 48 * 1024;
 
-// The source of a correlation as the left side of a matrix product: an element is found through two
-// tables, where a destination pixel begins and where each (channel, tap) lies from there. With
-// padding the tables speak of a tile with zeros around it, else of the source itself.
+// The destination positions whose tap u reads inside the source: begin .. end - 1.
+struct Span {
+  int64_t begin, end;
+};
 
-struct GatherPlan {
-  UnitGrid units;
-  bool direct;                       // the source is read where it is
-  bool by_channel;                   // the tile's fastest axis: channel or x, as in the source
-  int64_t chunk;                     // channels in a tile
-  int64_t lowest[3], size[3];        // of the tile: first position from the unit's, extent
-  int64_t image, space[3], channel;  // strides of the tile, or of the source
-  int64_t tile_size;
-  std::vector<int64_t> offsets;  // [channel][tap] from where a pixel begins
+inline Span inside_span(const Correlation& c, int axis, int64_t u) {
+  const int64_t step = c.step[axis], at = c.start[axis] + c.tap_step[axis] * u;
+  const int64_t room = c.source_size[axis] - at;
+  const int64_t end = room <= 0 ? 0 : std::min<int64_t>(c.count[axis], ceil_div(room, step));
+  return {at >= 0 ? 0 : std::min(end, ceil_div(-at, step)), end};
+}
 
-  static GatherPlan make(const Correlation& c, int64_t target_pixels, bool source_as_is,
-                         int64_t max_chunk = INT64_MAX) {
-    GatherPlan p{UnitGrid(unit_shape(c.count, c.batch, target_pixels), c.batch, c.count)};
-    p.direct = source_as_is && reads_inside(c);
-    p.by_channel = c.source_stride.channel == 1;
-    const UnitShape& unit = p.units.shape;
-    const int64_t extent[3] = {1, unit.rows, unit.columns};
+// Neighbouring destination positions for which the same taps read inside the source.
+struct AxisRun {
+  Span positions, taps;
+};
+
+inline std::vector<AxisRun> axis_runs(const Correlation& c, int axis) {
+  std::vector<Span> inside;
+  std::vector<int64_t> cuts{0, c.count[axis]};
+  for (int64_t u = 0; u < c.taps[axis]; ++u) {
+    inside.push_back(inside_span(c, axis, u));
+    cuts.insert(cuts.end(), {inside[u].begin, inside[u].end});
+  }
+  std::sort(cuts.begin(), cuts.end());
+  std::vector<AxisRun> runs;
+  for (size_t i = 1; i < cuts.size(); ++i) {
+    if (cuts[i - 1] == cuts[i]) continue;
+    AxisRun run{{cuts[i - 1], cuts[i]}, {c.taps[axis], 0}};
+    for (int64_t u = 0; u < c.taps[axis]; ++u) {
+      if (cuts[i - 1] < inside[u].begin || cuts[i - 1] >= inside[u].end) continue;
+      run.taps = {std::min(run.taps.begin, u), u + 1};
+    }
+    runs.push_back(run);
+  }
+  return runs;
+}
+
+// In which order a sum over (channel, tap) goes: as the weight lies in memory, so that packing and
+// unpacking it moves whole runs.
+struct StepOrder {
+  bool tap_major;
+  int64_t channels, taps[3];
+
+  static StepOrder by_channel(int64_t channels, const int32_t* taps) {
+    return StepOrder(channels, taps, 2, 1);
+  }
+  StepOrder(int64_t channels, const int32_t* taps, int64_t channel_stride, int64_t tap_stride)
+      : tap_major(channel_stride <= tap_stride || int64_t{taps[0]} * taps[1] * taps[2] == 1),
+        channels(channels),
+        taps{taps[0], taps[1], taps[2]} {}
+  int64_t num_taps() const { return taps[0] * taps[1] * taps[2]; }
+  int64_t size() const { return channels * num_taps(); }
+  int64_t at(int64_t channel, int64_t tap) const {
+    return tap_major ? tap * channels + channel : channel * num_taps() + tap;
+  }
+};
+
+// Where a unit's piece of the source lies: position s along an axis of space at
+// (s - origin) * stride.
+struct SourceView {
+  ConvStrides stride;
+  int64_t origin[3];
+};
+
+// How the pieces of a correlation's source are read: where they are, or from a copy in
+// accumulators, a tile. It holds what lies inside of the source, no zeros around it.
+struct SourcePlan {
+  bool direct, by_channel;  // by_channel: the tile's fastest axis is the channel, as in the source
+  int64_t channels, extent[3], tile_size;
+  ConvStrides stride;  // of the tile, or of the source
+
+  SourcePlan(const Correlation& c, const UnitShape& unit, int64_t channels, bool direct)
+      : direct(direct), by_channel(c.source_stride.channel == 1), channels(channels), tile_size(1) {
+    stride = c.source_stride;
+    if (direct) return;
+    const int64_t positions[3] = {1, unit.rows, unit.columns};
     for (int axis = 0; axis < 3; ++axis) {
-      const int64_t reach = int64_t{c.tap_step[axis]} * (c.taps[axis] - 1);
-      p.lowest[axis] = std::min<int64_t>(0, reach);
-      p.size[axis] = (extent[axis] - 1) * c.step[axis] + std::abs(reach) + 1;
+      const int64_t reach = (positions[axis] - 1) * c.step[axis] +
+                            std::abs(int64_t{c.tap_step[axis]}) * (c.taps[axis] - 1) + 1;
+      extent[axis] = std::min<int64_t>(reach, c.source_size[axis]);
     }
-    const int64_t positions = unit.images * p.size[0] * p.size[1] * p.size[2];
-    p.chunk = p.direct ? c.depth : std::min<int64_t>(c.depth, kTileElements / positions);
-    p.chunk = std::max<int64_t>(1, std::min(p.chunk, max_chunk));
-    p.tile_size = p.direct ? 1 : positions * p.chunk;
-    if (p.direct) {
-      p.image = c.source_stride.outer;
-      p.channel = c.source_stride.channel;
-      std::copy(c.source_stride.space, c.source_stride.space + 3, p.space);
-    } else {
-      p.channel = p.by_channel ? 1 : positions;
-      p.space[2] = p.by_channel ? p.chunk : 1;
-      p.space[1] = p.space[2] * p.size[2];
-      p.space[0] = p.space[1] * p.size[1];
-      p.image = p.space[0] * p.size[0];
-    }
-    p.list_offsets(c);
-    return p;
+    const int64_t pixels = extent[0] * extent[1] * extent[2];
+    // Planes a power of two apart would meet in a few sets of the cache.
+    const int64_t plane = pixels % 128 == 0 ? pixels + 16 : pixels;
+    stride.channel = by_channel ? 1 : plane;
+    stride.space[2] = by_channel ? channels : 1;
+    stride.space[1] = stride.space[2] * extent[2];
+    stride.space[0] = stride.space[1] * extent[1];
+    stride.outer = by_channel ? stride.space[0] * extent[0] : plane * channels;
+    tile_size = stride.outer * unit.images;
   }
 
-  void list_offsets(const Correlation& c) {
-    for (int64_t d = 0; d < std::min<int64_t>(chunk, c.depth); ++d) {
-      for (int64_t w = 0; w < c.taps[0]; ++w) {
-        for (int64_t v = 0; v < c.taps[1]; ++v) {
-          for (int64_t u = 0; u < c.taps[2]; ++u) {
-            offsets.push_back(d * channel + (c.tap_step[0] * w - lowest[0]) * space[0] +
-                              (c.tap_step[1] * v - lowest[1]) * space[1] +
-                              (c.tap_step[2] * u - lowest[2]) * space[2]);
+  SourceView view(const Correlation& c, const Unit& unit) const {
+    SourceView v{stride, {0, 0, 0}};
+    const int64_t first[3] = {unit.z, unit.y, unit.x};
+    for (int axis = 0; axis < 3 && !direct; ++axis) {
+      const int64_t reach = int64_t{c.tap_step[axis]} * (c.taps[axis] - 1);
+      v.origin[axis] = std::max<int64_t>(
+          0, c.start[axis] + c.step[axis] * first[axis] + std::min<int64_t>(0, reach));
+    }
+    return v;
+  }
+};
+
+// The matrix products that make up a unit. Their left side is the source, in which an element is
+// found by the sum of two offsets: where a pixel begins and where a (channel, tap) lies from there.
+// What lies outside of the source is in no product: no zeros are packed, none are multiplied.
+struct Products {
+  struct Product {
+    int64_t pixel, num_pixels, step, num_steps;  // where its part of the lists begins, its length
+  };
+  std::vector<Product> list;
+  std::vector<int64_t> pixel_source, pixel_row;  // row: of the unit's pixels, times `width`
+  std::vector<int64_t> step_source, step_row;    // row: by the StepOrder, times `width`
+
+  // Pixels for which the same taps are inside (corners, edges, the interior) by all their steps:
+  // long sums, for the forward pass.
+  void by_class(const Correlation& c, const std::vector<AxisRun> (&runs)[3], const Unit& unit,
+                const SourceView& view, const StepOrder& order, int64_t width) {
+    clear();
+    for (const AxisRun& z : runs[0]) {
+      if (unit.z < z.positions.begin || unit.z >= z.positions.end) continue;
+      for (const AxisRun& y : runs[1]) {
+        for (const AxisRun& x : runs[2]) {
+          begin_product();
+          list_pixels(c, unit, view, y.positions, x.positions, width);
+          if (list.back().pixel == size(pixel_source)) {
+            list.pop_back();
+            continue;
+          }
+          list_steps(c, view, order, z.taps, y.taps, x.taps, width);
+          end_product();
+        }
+      }
+    }
+  }
+
+  // Taps, each by the channels and all pixels for which it is inside: the weight's gradient, whose
+  // sums run over pixels.
+  void by_tap(const Correlation& c, const Unit& unit, const SourceView& view,
+              const StepOrder& order, int64_t width) {
+    clear();
+    for (int64_t w = 0; w < order.taps[0]; ++w) {
+      const Span z = inside_span(c, 0, w);
+      if (unit.z < z.begin || unit.z >= z.end) continue;
+      for (int64_t v = 0; v < order.taps[1]; ++v) {
+        for (int64_t u = 0; u < order.taps[2]; ++u) {
+          begin_product();
+          list_pixels(c, unit, view, inside_span(c, 1, v), inside_span(c, 2, u), width);
+          list_steps(c, view, order, {w, w + 1}, {v, v + 1}, {u, u + 1}, width);
+          end_product();
+        }
+      }
+    }
+  }
+
+ private:
+  static int64_t size(const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); }
+  void clear() {
+    list.clear();
+    for (auto* offsets : {&pixel_source, &pixel_row, &step_source, &step_row}) offsets->clear();
+  }
+  void begin_product() { list.push_back({size(pixel_source), 0, size(step_source), 0}); }
+  void end_product() {
+    list.back().num_pixels = size(pixel_source) - list.back().pixel;
+    list.back().num_steps = size(step_source) - list.back().step;
+  }
+
+  // The pixels of the unit whose y and x lie in the spans.
+  void list_pixels(const Correlation& c, const Unit& unit, const SourceView& view, Span y, Span x,
+                   int64_t width) {
+    y = {std::max(y.begin, unit.y), std::min(y.end, unit.y + unit.rows)};
+    x = {std::max(x.begin, unit.x), std::min(x.end, unit.x + unit.columns)};
+    const auto source = [&](int axis, int64_t j) {
+      return (c.start[axis] + c.step[axis] * j - view.origin[axis]) * view.stride.space[axis];
+    };
+    for (int64_t i = 0; i < unit.images; ++i) {
+      for (int64_t v = y.begin; v < y.end; ++v) {
+        const int64_t line = i * view.stride.outer + source(0, unit.z) + source(1, v);
+        const int64_t row = (i * unit.rows + v - unit.y) * unit.columns - unit.x;
+        for (int64_t u = x.begin; u < x.end; ++u) {
+          pixel_source.push_back(line + source(2, u));
+          pixel_row.push_back((row + u) * width);
+        }
+      }
+    }
+  }
+
+  void list_steps(const Correlation& c, const SourceView& view, const StepOrder& order, Span z,
+                  Span y, Span x, int64_t width) {
+    const auto for_each_tap = [&](const auto& visit) {
+      for (int64_t w = z.begin; w < z.end; ++w) {
+        for (int64_t v = y.begin; v < y.end; ++v) {
+          for (int64_t u = x.begin; u < x.end; ++u) {
+            visit(c.tap_step[0] * w * view.stride.space[0] +
+                      c.tap_step[1] * v * view.stride.space[1] +
+                      c.tap_step[2] * u * view.stride.space[2],
+                  (w * order.taps[1] + v) * order.taps[2] + u);
           }
         }
       }
+    };
+    const auto push = [&](int64_t source, int64_t channel, int64_t tap) {
+      step_source.push_back(source + channel * view.stride.channel);
+      step_row.push_back(order.at(channel, tap) * width);
+    };
+    if (order.tap_major) {
+      for_each_tap([&](int64_t source, int64_t tap) {
+        for (int64_t d = 0; d < order.channels; ++d) push(source, d, tap);
+      });
+      return;
     }
-  }
-
-  // Where each pixel of a unit begins, in the tile or in the source, and in the destination.
-  void list_pixels(const Correlation& c, const Unit& unit, std::vector<int64_t>& source,
-                   std::vector<int64_t>& dest) const {
-    source.clear();
-    dest.clear();
-    for (int64_t i = 0; i < unit.images; ++i) {
-      for (int64_t y = 0; y < unit.rows; ++y) {
-        for (int64_t x = 0; x < unit.columns; ++x) {
-          source.push_back(i * image + y * c.step[1] * space[1] + x * c.step[2] * space[2]);
-          dest.push_back((unit.image + i) * c.dest_stride.outer + unit.z * c.dest_stride.space[0] +
-                         (unit.y + y) * c.dest_stride.space[1] +
-                         (unit.x + x) * c.dest_stride.space[2]);
-        }
-      }
+    for (int64_t d = 0; d < order.channels; ++d) {
+      for_each_tap([&](int64_t source, int64_t tap) { push(source, d, tap); });
     }
   }
 };
+
+// Columns of a weight's panel: whole vectors of output channels, three at a time, two where that
+// leaves no single one over.
+inline int64_t panel_width(int64_t channels, int64_t lanes) {
+  const int64_t vectors = std::max<int64_t>(1, ceil_div(channels, lanes));
+  return lanes * std::min<int64_t>(vectors, vectors % 3 == 1 ? 2 : 3);
+}
 
 }  // namespace fused

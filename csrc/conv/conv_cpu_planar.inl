@@ -115,18 +115,18 @@ static inline void planar_product(int64_t m, int64_t k, const PlanarPlan& plan, 
                                   bool accumulate) {
   if (m > 1) {
     blocked_sums<A>(m, plan.flat, k, panel, Spaced{1}, Spaced{width}, tile, Listed{offsets}, sums,
-                    plan.padded_flat, accumulate);
+                    Spaced{plan.padded_flat}, accumulate);
     return;
   }
   // One row has to hold more vectors in flight to hide the latency of its additions.
   int64_t column = 0;
   for (; plan.padded_flat - column >= 8 * kLanes<A>; column += 8 * kLanes<A>) {
     gemm_stripe<A, 8>(1, k, panel, Spaced{1}, Spaced{width}, tile + column, Listed{offsets},
-                      sums + column, plan.padded_flat, accumulate);
+                      sums + column, Spaced{plan.padded_flat}, accumulate);
   }
   if (column < plan.flat) {
     indexed_block_gemm<A>(1, plan.flat - column, k, panel, Spaced{1}, Spaced{width}, tile + column,
-                          Listed{offsets}, sums + column, plan.padded_flat, accumulate);
+                          Listed{offsets}, sums + column, Spaced{plan.padded_flat}, accumulate);
   }
 }
 
@@ -161,7 +161,7 @@ static void correlate_planar(const Correlation& c) {
   const PlanarPlan plan = PlanarPlan::make<A>(c, std::is_same_v<T, A>);
   const int64_t k = c.depth * num_taps(c), width = std::min<int64_t>(8, c.rows);
   const int64_t panels = ceil_div(c.rows, width);
-  const Scratch<A> weights = pack_weights<T>(c, width);
+  const Scratch<A> weights = pack_weights<T>(c, StepOrder::by_channel(c.depth, c.taps), width);
   // Few units: share the rows out too, at the price of packing a tile more than once.
   const int64_t units = plan.units.size() * c.groups;
   const int64_t parts = std::max<int64_t>(1, std::min(panels, 8 / std::max<int64_t>(1, units)));

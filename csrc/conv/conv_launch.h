@@ -8,8 +8,6 @@ namespace fused {
 
 constexpr int64_t kMaxBlocks = 0x7fffffff;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 inline int64_t num_pixels(const Correlation& c) {
   return int64_t{c.batch} * c.count[0] * c.count[1] * c.count[2];
 }

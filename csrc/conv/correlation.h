@@ -43,6 +43,8 @@ struct Correlation {
 static_assert(std::is_trivially_copyable_v<Correlation>);
 static_assert(sizeof(Correlation) <= 4096, "every architecture's argument space");
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int64_t size_of(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

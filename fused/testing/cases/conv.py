@@ -96,7 +96,27 @@ CASES = [
     *_layouts(name="1x1 stride 2", kernel=(1, 1), stride=2, in_channels=9, out_channels=10),
     *_layouts(name="padded", padding=1, in_channels=8, out_channels=16),
     *_layouts(name="beyond tiles", size=(13, 11), padding=1, in_channels=17, out_channels=70),
+    *_layouts(
+        name="small images", size=(2, 2), batch=37, padding=1, in_channels=70, out_channels=64
+    ),
+    *_layouts(name="many images", size=(4, 3), batch=75, padding=1, in_channels=9, out_channels=20),
+    *_layouts(
+        name="padding beyond the kernel, wide",
+        kernel=(2, 1),
+        padding=(3, 2),
+        in_channels=12,
+        out_channels=36,
+    ),
     *_layouts(name="stride 2", padding=1, stride=2, in_channels=5, out_channels=9),
+    *_layouts(
+        name="stride 3, dilation 2, wide",
+        size=(11, 12),
+        stride=3,
+        dilation=2,
+        padding=2,
+        in_channels=10,
+        out_channels=21,
+    ),
     *_layouts(name="stride (3, 2)", size=(11, 9), padding=(2, 1), stride=(3, 2), out_channels=17),
     *_layouts(name="dilated", size=(9, 8), padding=2, dilation=2),
     *_layouts(name="dilation and stride", size=(11, 12), dilation=(2, 3), stride=(2, 2), padding=3),
@@ -115,6 +135,7 @@ CASES = [
         name="depthwise dilated", in_channels=3, out_channels=3, groups=3, padding=3, dilation=2
     ),
     *_layouts(name="depthwise times 3", in_channels=4, out_channels=12, groups=4, padding=1),
+    *_layouts(name="depthwise times 17", in_channels=3, out_channels=51, groups=3, padding=1),
     *_layouts(name="same", kernel=(4, 3), padding="same"),
     ConvCase("same, dilated", kernel=(2, 3), padding="same", dilation=(3, 1)),
     ConvCase("valid", padding="valid"),
@@ -128,8 +149,11 @@ CASES = [
     ConvCase("channels-last weight", layout="channels-last weight", out_channels=16),
     ConvCase("odd strides", layout="odd strides", padding=1),
     ConvCase("relu, odd strides", layout="odd strides", padding=1, activation="relu"),
+    ConvCase("odd strides, wide", layout="odd strides", in_channels=12, out_channels=40),
     ConvCase("expanded", layout="expanded"),
+    ConvCase("expanded, wide", layout="expanded", in_channels=10, out_channels=16),
     *[ConvCase(f"1d {n}", size=(n,), kernel=(3,), padding=1) for n in (1, 3, 16, 600)],
+    ConvCase("1d, wide", size=(600,), kernel=(3,), in_channels=11, out_channels=18, padding=1),
     ConvCase("1d, channels-last", size=(21,), kernel=(4,), in_channels=9, layout="channels-last"),
     ConvCase(
         "1d depthwise causal-like",
@@ -172,6 +196,7 @@ CASES = [
         groups=2,
     ),
     *[ConvCase(f"{name}", activation=name, padding=1) for name in ACTIVATIONS if name],
+    ConvCase("gelu, wide", activation="gelu", size=(9, 5), out_channels=50),
     *[
         ConvCase(f"{name}, channels-last", activation=name, layout="channels-last", out_channels=17)
         for name in ("relu", "gelu")

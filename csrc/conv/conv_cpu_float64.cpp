@@ -1,0 +1,3 @@
+#include "conv/conv_cpu_kernels.inl"
+
+template struct fused::ConvCpu<double>;
