@@ -49,7 +49,10 @@ struct DenseCorrelation {
         bias[i] = load(static_cast<const T*>(c.maybe_bias)[channel + i]);
       }
     }
-    for (int64_t p = 0; p < num_pixels; ++p) std::copy(bias, bias + width, sums + p * width);
+    std::copy(bias, bias + width, sums);
+    for (int64_t done = 1; done < num_pixels; done *= 2) {
+      std::copy(sums, sums + std::min(done, num_pixels - done) * width, sums + done * width);
+    }
   }
 
   // The channels first .. first + count - 1 of a unit to where the result lies.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <vector>
@@ -23,7 +24,7 @@ struct Unit {
   int64_t images, rows, columns;
 };
 
-// Numbers the units of a correlation, columns fastest.
+// Numbers the units of a correlation, images fastest: neighbours differ in where they lie only.
 struct UnitGrid {
   UnitShape shape;
   int64_t batch, count[3];
@@ -38,12 +39,12 @@ struct UnitGrid {
   int64_t size() const { return blocks_images * count[0] * blocks_y * blocks_x; }
   Unit at(int64_t index) const {
     Unit u;
+    u.image = index % blocks_images * shape.images;
+    index /= blocks_images;
     u.x = index % blocks_x * shape.columns;
     index /= blocks_x;
     u.y = index % blocks_y * shape.rows;
-    index /= blocks_y;
-    u.z = index % count[0];
-    u.image = index / count[0] * shape.images;
+    u.z = index / blocks_y;
     u.images = std::min(shape.images, batch - u.image);
     u.rows = std::min(shape.rows, count[1] - u.y);
     u.columns = std::min(shape.columns, count[2] - u.x);
@@ -192,6 +193,36 @@ struct SourceView {
   int64_t origin[3];
 };
 
+// An axis that several tensors share, each with its own stride.
+template <int kTensors>
+struct BoxAxis {
+  int64_t count, stride[kTensors];
+};
+template <int kTensors>
+using Box = std::array<BoxAxis<kTensors>, 5>;  // slow to fast
+
+// The same elements in as few axes as it takes, the fastest last: neighbours that are dense in all
+// tensors are one.
+template <int kTensors>
+inline Box<kTensors> collapse(const Box<kTensors>& axes) {
+  Box<kTensors> box;
+  box.fill({1, {}});
+  size_t fastest = box.size();
+  for (size_t i = axes.size(); i-- > 0;) {
+    if (axes[i].count == 1) continue;
+    bool dense = fastest < box.size();
+    for (int t = 0; dense && t < kTensors; ++t) {
+      dense = axes[i].stride[t] == box[fastest].count * box[fastest].stride[t];
+    }
+    if (dense) {
+      box[fastest].count *= axes[i].count;
+    } else {
+      box[--fastest] = axes[i];
+    }
+  }
+  return box;
+}
+
 // How the pieces of a correlation's source are read: where they are, or from a copy in
 // accumulators, a tile. It holds what lies inside of the source, no zeros around it.
 struct SourcePlan {
@@ -242,12 +273,13 @@ struct Products {
   std::vector<Product> list;
   std::vector<int64_t> pixel_source, pixel_row;  // row: of the unit's pixels, times `width`
   std::vector<int64_t> step_source, step_row;    // row: by the StepOrder, times `width`
+  Unit made_for{};
 
   // Pixels for which the same taps are inside (corners, edges, the interior) by all their steps:
   // long sums, for the forward pass.
   void by_class(const Correlation& c, const std::vector<AxisRun> (&runs)[3], const Unit& unit,
                 const SourceView& view, const StepOrder& order, int64_t width) {
-    clear();
+    if (serve(unit)) return;
     for (const AxisRun& z : runs[0]) {
       if (unit.z < z.positions.begin || unit.z >= z.positions.end) continue;
       for (const AxisRun& y : runs[1]) {
@@ -269,7 +301,7 @@ struct Products {
   // sums run over pixels.
   void by_tap(const Correlation& c, const Unit& unit, const SourceView& view,
               const StepOrder& order, int64_t width) {
-    clear();
+    if (serve(unit)) return;
     for (int64_t w = 0; w < order.taps[0]; ++w) {
       const Span z = inside_span(c, 0, w);
       if (unit.z < z.begin || unit.z >= z.end) continue;
@@ -286,9 +318,18 @@ struct Products {
 
  private:
   static int64_t size(const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); }
-  void clear() {
+  // Whether the products at hand are this unit's too, for offsets are from its first image; else
+  // there are none any more.
+  bool serve(const Unit& unit) {
+    const Unit& m = made_for;
+    if (m.z == unit.z && m.y == unit.y && m.x == unit.x && m.images == unit.images &&
+        m.rows == unit.rows && m.columns == unit.columns) {
+      return true;
+    }
+    made_for = unit;
     list.clear();
     for (auto* offsets : {&pixel_source, &pixel_row, &step_source, &step_row}) offsets->clear();
+    return false;
   }
   void begin_product() { list.push_back({size(pixel_source), 0, size(step_source), 0}); }
   void end_product() {
@@ -308,9 +349,12 @@ struct Products {
       for (int64_t v = y.begin; v < y.end; ++v) {
         const int64_t line = i * view.stride.outer + source(0, unit.z) + source(1, v);
         const int64_t row = (i * unit.rows + v - unit.y) * unit.columns - unit.x;
-        for (int64_t u = x.begin; u < x.end; ++u) {
-          pixel_source.push_back(line + source(2, u));
-          pixel_row.push_back((row + u) * width);
+        const int64_t count = std::max<int64_t>(0, x.end - x.begin), end = size(pixel_row);
+        pixel_source.resize(end + count);
+        pixel_row.resize(end + count);
+        for (int64_t u = 0; u < count; ++u) {
+          pixel_source[end + u] = line + source(2, x.begin + u);
+          pixel_row[end + u] = (row + x.begin + u) * width;
         }
       }
     }

@@ -22,22 +22,6 @@ static inline void pack_row(A* out, int64_t count, const T* row, int64_t stride,
   for (int64_t i = end; i < count; ++i) out[i] = 0;
 }
 
-template <typename T>
-static inline typename VectorOf<Accumulator<T>>::type load_vector(const T* from) {
-  using A = Accumulator<T>;
-  alignas(64) A lanes[kLanes<A>];
-  for (int64_t i = 0; i < kLanes<A>; ++i) lanes[i] = load(from[i]);
-  return *reinterpret_cast<const typename VectorOf<A>::type*>(lanes);
-}
-
-template <typename T>
-static inline void store_vector(T* to, typename VectorOf<Accumulator<T>>::type vector) {
-  using A = Accumulator<T>;
-  alignas(64) A lanes[kLanes<A>];
-  *reinterpret_cast<typename VectorOf<A>::type*>(lanes) = vector;
-  for (int64_t i = 0; i < kLanes<A>; ++i) to[i] = store<T>(lanes[i]);
-}
-
 // The lower or the upper halves of a and b, element by element in turn.
 template <typename A, bool kUpper, size_t... I>
 static inline typename VectorOf<A>::type interleave(typename VectorOf<A>::type a,
@@ -50,17 +34,20 @@ static inline typename VectorOf<A>::type interleave(typename VectorOf<A>::type a
 }
 
 // to[i * ld_to + r] = from[r * ld_from + i] for a block of lanes by lanes, of which the first
-// `columns` i are stored: perfect shuffles, as many as halvings make a vector one element.
-template <typename To, typename From>
-static inline void transpose_block(To* to, int64_t ld_to, const From* from, int64_t ld_from,
-                                   int64_t columns) {
-  using A = Accumulator<To>;
+// `columns` i are stored: perfect shuffles, as many as halvings make a vector one element. A call
+// of its own: inlined, g++ 12 takes the vectors apart where their elements come from or go to.
+template <typename A>
+__attribute__((noinline)) static void transpose_block(A* to, int64_t ld_to, const A* from,
+                                                      int64_t ld_from, int64_t columns) {
   using Vector = typename VectorOf<A>::type;
+  using Unaligned = typename VectorOf<A>::unaligned_type;
   constexpr int64_t kSize = kLanes<A>;
   constexpr auto kIndices = std::make_index_sequence<kSize>{};
   Vector rows[kSize], next[kSize];
 #pragma GCC unroll 16
-  for (int64_t r = 0; r < kSize; ++r) rows[r] = load_vector(from + r * ld_from);
+  for (int64_t r = 0; r < kSize; ++r) {
+    rows[r] = *reinterpret_cast<const Unaligned*>(from + r * ld_from);
+  }
 #pragma GCC unroll 4
   for (int64_t half = kSize; half > 1; half /= 2) {
 #pragma GCC unroll 8
@@ -73,7 +60,23 @@ static inline void transpose_block(To* to, int64_t ld_to, const From* from, int6
   }
 #pragma GCC unroll 16
   for (int64_t i = 0; i < kSize; ++i) {
-    if (i < columns) store_vector(to + i * ld_to, rows[i]);
+    if (i < columns) *reinterpret_cast<Unaligned*>(to + i * ld_to) = rows[i];
+  }
+}
+
+// The same between storage types.
+template <typename To, typename From>
+static inline void transpose_block(To* to, int64_t ld_to, const From* from, int64_t ld_from,
+                                   int64_t columns) {
+  using A = Accumulator<To>;
+  constexpr int64_t kSize = kLanes<A>;
+  alignas(64) A rows[kSize * kSize], turned[kSize * kSize];
+  for (int64_t r = 0; r < kSize; ++r) {
+    for (int64_t i = 0; i < kSize; ++i) rows[r * kSize + i] = load(from[r * ld_from + i]);
+  }
+  transpose_block<A>(turned, kSize, rows, kSize, columns);
+  for (int64_t i = 0; i < columns; ++i) {
+    for (int64_t r = 0; r < kSize; ++r) to[i * ld_to + r] = store<To>(turned[i * kSize + r]);
   }
 }
 
@@ -205,47 +208,32 @@ static inline void finish_row(const Correlation& c, Accumulator<T>* sums, int64_
 template <typename T>
 static void pack_source(const Correlation& c, const SourcePlan& plan, const Unit& unit,
                         const SourceView& view, const T* source, Accumulator<T>* tile) {
-  struct Axis {
-    int64_t count, from, to;
-  };
-  Axis space[3];
+  BoxAxis<2> space[3];  // strides of the source and of the tile
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t inside = c.source_size[axis] - view.origin[axis];
     if (inside <= 0) return;
     source += view.origin[axis] * c.source_stride.space[axis];
-    space[axis] = {std::min(plan.extent[axis], inside), c.source_stride.space[axis],
-                   view.stride.space[axis]};
+    space[axis] = {std::min(plan.extent[axis], inside),
+                   {c.source_stride.space[axis], view.stride.space[axis]}};
   }
-  const Axis image{unit.images, c.source_stride.outer, view.stride.outer};
-  const Axis channel{plan.channels, c.source_stride.channel, view.stride.channel};
-  const Axis by_channel[5] = {image, space[0], space[1], space[2], channel};
-  const Axis planar[5] = {image, channel, space[0], space[1], space[2]};
-  // Slow to fast; neighbours that are dense on both sides are one axis.
-  Axis axes[5] = {{1, 0, 0}, {1, 0, 0}, {1, 0, 0}, {1, 0, 0}, {1, 1, 1}};
-  int fastest = 5;
-  for (int i = 4; i >= 0; --i) {
-    const Axis axis = plan.by_channel ? by_channel[i] : planar[i];
-    if (axis.count == 1) continue;
-    Axis& faster = axes[fastest < 5 ? fastest : 4];
-    if (fastest < 5 && axis.from == faster.count * faster.from &&
-        axis.to == faster.count * faster.to) {
-      faster.count *= axis.count;
+  const BoxAxis<2> image{unit.images, {c.source_stride.outer, view.stride.outer}};
+  const BoxAxis<2> channel{plan.channels, {c.source_stride.channel, view.stride.channel}};
+  const Box<2> box =
+      collapse<2>(plan.by_channel ? Box<2>{image, space[0], space[1], space[2], channel}
+                                  : Box<2>{image, channel, space[0], space[1], space[2]});
+  const auto& [count, stride] = box[4];
+  const auto nest = [&](const auto& self, int axis, const T* from, Accumulator<T>* to) -> void {
+    if (axis < 4) {
+      for (int64_t i = 0; i < box[axis].count; ++i) {
+        self(self, axis + 1, from + i * box[axis].stride[0], to + i * box[axis].stride[1]);
+      }
+    } else if (stride[1] == 1) {
+      pack_row(to, count, from, stride[0], 0, 1, count);
     } else {
-      axes[--fastest] = axis;
-    }
-  }
-  const auto copy = [&](const T* from, Accumulator<T>* to) {
-    const Axis& run = axes[4];
-    if (run.to == 1) return pack_row(to, run.count, from, run.from, 0, 1, run.count);
-    for (int64_t i = 0; i < run.count; ++i) to[i * run.to] = load(from[i * run.from]);
-  };
-  const auto nest = [&](const auto& self, int depth, const T* from, Accumulator<T>* to) -> void {
-    if (depth == 4) return copy(from, to);
-    for (int64_t i = 0; i < axes[depth].count; ++i) {
-      self(self, depth + 1, from + i * axes[depth].from, to + i * axes[depth].to);
+      for (int64_t i = 0; i < count; ++i) to[i * stride[1]] = load(from[i * stride[0]]);
     }
   };
-  nest(nest, std::min(fastest, 4), source, tile);
+  nest(nest, 0, source, tile);
 }
 
 // What the offsets of Products point into for this unit, from the channel `first` on.
