@@ -27,7 +27,7 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
+    row_stats: Tensor,
     attn_mask: Tensor | None,
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
@@ -54,7 +54,7 @@ def attention_forward(
     softcap: float,
     window_left: int,
     window_right: int,
-) -> tuple[Tensor, Tensor]: ...
+) -> tuple[Tensor, Tensor, Tensor]: ...
 def autocast_cast(arg0: Tensor, arg1: dtype) -> Tensor: ...
 def clip_by_norm_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None: ...
 def conv_backward(

@@ -254,11 +254,11 @@ def _attention(
         options = options._replace(rng=_draw_rng(q.device))
     mask, slopes, sink = options[:3]
     if _route.is_traced(q, k, v, mask, slopes, sink):
-        out, lse = torch.ops.fused.attention_forward(q, k, v, *options)
+        out, lse, _ = torch.ops.fused.attention_forward(q, k, v, *options)
     elif _route.needs_grad(q, k, v, mask, slopes, sink):
         out, lse = AttentionFunction.apply(q, k, v, *options)
     else:
-        out, lse = _route.kernels().attention_forward(q, k, v, *options)
+        out, lse, _ = _route.kernels().attention_forward(q, k, v, *options)
     weights = attention_weights(q, k, lse, options) if need_weights else None
     return out, lse, weights
 
@@ -273,9 +273,9 @@ class AttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse = _route.kernels().attention_forward(q, k, v, *options)
+        out, lse, row_stats = _route.kernels().attention_forward(q, k, v, *options)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, *options[:4])
+        ctx.save_for_backward(q, k, v, out, row_stats, *options[:4])
         ctx.options = options[4:]
         return out, lse
 
@@ -291,7 +291,7 @@ def _gradients(
     ctx: Any, ops: Any, grad_out: Tensor | None, grad_lse: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs of the op, by `ops.attention_backward` where it can."""
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    q, k, v, out, row_stats, *tensors = ctx.saved_tensors
     options = Options(*tensors, *ctx.options)
     needs = list(ctx.needs_input_grad[:6])
     grads: tuple[Tensor | None, ...]
@@ -307,7 +307,7 @@ def _gradients(
         grads = _route.composite_gradients(composite, inputs, (grad_out, grad_lse))
     else:
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, lse, *options, needs)
+        grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
         grads = tuple(grad if needed else None for grad, needed in zip(grads, needs))
     return (*grads, *[None] * len(options[3:]))
 
@@ -323,11 +323,12 @@ def _(q, k, v, *options):  # type: ignore[no-untyped-def]
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, length = q.shape[:3]
     out = _empty_heads(q, batch, heads, length, v.shape[-1])
-    return out, q.new_empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    return out, lse, lse.new_empty(2, *q.shape[:3])
 
 
 @torch.library.register_fake("fused::attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, lse, mask, slopes, sink, *options):  # type: ignore
+def _(grad_out, grad_lse, q, k, v, out, stats, mask, slopes, sink, *options):  # type: ignore
     *_, needs = options
     needs_kv = needs[1] or needs[2]
     grads = [
@@ -336,18 +337,20 @@ def _(grad_out, grad_lse, q, k, v, out, lse, mask, slopes, sink, *options):  # t
     ]
     for t, needed in zip((mask, slopes, sink), needs[3:]):
         needed = needed and t is not None and t.dtype != torch.bool
-        grads.append(t.new_empty(t.shape) if needed else lse.new_empty(0))
+        grads.append(t.new_empty(t.shape) if needed else stats.new_empty(0))
     return tuple(grads)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, *options = inputs
-    ctx.save_for_backward(q, k, v, *output, *options[:4])
+    out, _, row_stats = output
+    ctx.mark_non_differentiable(row_stats)
+    ctx.save_for_backward(q, k, v, out, row_stats, *options[:4])
     ctx.options = options[4:]
 
 
 def _backward(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
+    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
 ) -> tuple[Tensor | None, ...]:
     return _gradients(ctx, torch.ops.fused, grad_out, grad_lse)
 

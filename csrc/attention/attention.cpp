@@ -185,7 +185,7 @@ at::Tensor not_needed(const at::Tensor& like) { return at::empty({0}, like.optio
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> attention_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
     const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
     const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng, double dropout_p,
@@ -203,18 +203,20 @@ std::tuple<at::Tensor, at::Tensor> attention_forward(
   at::Tensor out = empty_heads(q, q.size(0), q.size(1), q.size(2), v.size(3));
   at::Tensor lse =
       at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(compute_dtype(q)));
-  if (lse.numel() == 0) return {out, lse};
+  at::Tensor row_stats = at::empty({2, q.size(0), q.size(1), q.size(2)}, lse.options());
+  if (lse.numel() == 0) return {out, lse, row_stats};
   params.out = out.mutable_data_ptr();
   params.lse = lse.mutable_data_ptr();
+  params.row_stats = row_stats.mutable_data_ptr();
   params.out_strides = head_strides(out);
   check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
-  return {out, lse};
+  return {out, lse, row_stats};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor>& grad_lse_in,
                    const at::Tensor& q_in, const at::Tensor& k_in, const at::Tensor& v_in,
-                   const at::Tensor& out_in, const at::Tensor& lse_in,
+                   const at::Tensor& out_in, const at::Tensor& row_stats_in,
                    const std::optional<at::Tensor>& attn_mask,
                    const std::optional<at::Tensor>& alibi_slopes,
                    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,
@@ -229,28 +231,28 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
                {attn_mask, alibi_slopes, sink, rng, dropout_p, is_causal, scale, softcap,
                 window_left, window_right});
 
+  const int64_t stats_shape[] = {2, q.size(0), q.size(1), q.size(2)};
   const int64_t out_shape[] = {q.size(0), q.size(1), q.size(2), v.size(3)};
-  const at::IntArrayRef lse_shape(out_shape, 3);
   const auto check_like_out = [&](const char* argument, const at::Tensor& tensor) {
     check_shape(kOp, argument, tensor, out_shape);
     check_same_dtype(kOp, argument, tensor, "q", q);
     check_same_device(kOp, argument, tensor, "q", q);
   };
-  const auto check_like_lse = [&](const char* argument, const at::Tensor& tensor) {
-    check_shape(kOp, argument, tensor, lse_shape);
-    check_compute_dtype(argument, tensor, q);
-  };
   check_like_out("grad_out", grad_out_in);
   check_like_out("out", out_in);
-  check_like_lse("lse", lse_in);
-  if (grad_lse_in) check_like_lse("grad_lse", *grad_lse_in);
+  check_shape(kOp, "row_stats", row_stats_in, stats_shape);
+  check_compute_dtype("row_stats", row_stats_in, q);
+  if (grad_lse_in) {
+    check_shape(kOp, "grad_lse", *grad_lse_in, at::IntArrayRef(out_shape, 3));
+    check_compute_dtype("grad_lse", *grad_lse_in, q);
+  }
   const bool needs_mask = needs[3] && params.mask.kind == MaskKind::kAdditive;
   const bool needs_slopes = needs[4] && alibi_slopes, needs_sink = needs[5] && sink;
   const at::Tensor grad_out = with_contiguous_rows(grad_out_in), out = with_contiguous_rows(out_in);
-  const at::Tensor lse = lse_in.contiguous();
+  const at::Tensor row_stats = row_stats_in.contiguous();
   const at::Tensor grad_lse = grad_lse_in ? grad_lse_in->contiguous() : at::Tensor();
-  const at::Tensor delta = at::empty_like(lse);
-  const at::Tensor row_alibi = needs_slopes ? at::empty_like(lse) : at::Tensor();
+  const at::Tensor delta = at::empty({q.size(0), q.size(1), q.size(2)}, row_stats.options());
+  const at::Tensor row_alibi = needs_slopes ? at::empty_like(delta) : at::Tensor();
 
   const auto gradient_of = [](const at::Tensor& x, bool needed) {
     return needed ? empty_heads(x, x.size(0), x.size(1), x.size(2), x.size(3)) : not_needed(x);
@@ -259,14 +261,14 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
   at::Tensor grad_q = gradient_of(q, needs[0]);
   at::Tensor grad_k = gradient_of(k, needs_kv), grad_v = gradient_of(v, needs_kv);
   at::Tensor grad_mask =
-      needs_mask ? make_mask_gradient(*attn_mask, q, params.maybe_grad_mask) : not_needed(lse);
+      needs_mask ? make_mask_gradient(*attn_mask, q, params.maybe_grad_mask) : not_needed(delta);
   at::Tensor grad_slopes =
-      needs_slopes ? at::zeros(alibi_slopes->sizes(), alibi_slopes->options()) : not_needed(lse);
-  at::Tensor grad_sink = needs_sink ? at::zeros(sink->sizes(), sink->options()) : not_needed(lse);
-  if (lse.numel() > 0) {
+      needs_slopes ? at::zeros(alibi_slopes->sizes(), alibi_slopes->options()) : not_needed(delta);
+  at::Tensor grad_sink = needs_sink ? at::zeros(sink->sizes(), sink->options()) : not_needed(delta);
+  if (delta.numel() > 0) {
     params.out = out.const_data_ptr();
     params.grad_out = grad_out.const_data_ptr();
-    params.lse = lse.const_data_ptr();
+    params.row_stats = row_stats.const_data_ptr();
     params.maybe_grad_lse = grad_lse.defined() ? grad_lse.const_data_ptr() : nullptr;
     params.delta = delta.mutable_data_ptr();
     params.out_strides = head_strides(out);

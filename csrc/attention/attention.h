@@ -64,6 +64,10 @@ struct AttentionProblem {
 struct AttentionForwardParams : AttentionProblem {
   void* out;  // [B, H, S, Dv]
   void* lse;  // [B, H, S] contiguous, float (double for double)
+  // [2, B, H, S] contiguous, like lse: each row's largest score, the sink among them, and
+  // 1 / sum(exp(score - largest)), from which p comes out as exactly again as it was; zeros for a
+  // row without keys. exp(s - lse) would lose what digits a large lse has no room for.
+  void* row_stats;
   HeadStrides out_strides;
 };
 
@@ -77,17 +81,17 @@ struct ScoreGradient {
 struct AttentionBackwardParams : AttentionProblem {
   const void* out;             // [B, H, S, Dv], as the forward pass left it
   const void* grad_out;        // [B, H, S, Dv]
-  const void* lse;             // [B, H, S] contiguous, float (double for double)
-  const void* maybe_grad_lse;  // [B, H, S] contiguous, like lse
-  void* delta;         // [B, H, S] contiguous, like lse: scratch, sum(grad_out * out) - grad_lse
+  const void* row_stats;       // [2, B, H, S] contiguous, as the forward pass left them
+  const void* maybe_grad_lse;  // [B, H, S] contiguous, float (double for double)
+  void* delta;  // [B, H, S] contiguous, like grad_lse: scratch, sum(grad_out * out) - grad_lse
   void* maybe_grad_q;  // [B, H, S, D]
   void* maybe_grad_k;  // [B, G, T, D]
   void* maybe_grad_v;  // [B, G, T, Dv]
   HeadStrides out_strides, grad_out_strides, grad_q_strides, grad_k_strides, grad_v_strides;
   ScoreGradient maybe_grad_mask;  // data may be null
-  void* maybe_grad_alibi_slopes;  // [H], like lse
-  void* maybe_row_alibi;          // [B, H, S] contiguous, like lse: scratch, by row
-  void* maybe_grad_sink;          // [H], like lse
+  void* maybe_grad_alibi_slopes;  // [H], like grad_lse
+  void* maybe_row_alibi;          // [B, H, S] contiguous, like grad_lse: scratch, by row
+  void* maybe_grad_sink;          // [H], like grad_lse
 };
 
 static_assert(std::is_trivially_copyable_v<AttentionBackwardParams>);

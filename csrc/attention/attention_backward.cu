@@ -1,9 +1,9 @@
 // Attention backward, without atomics and without a score matrix in memory: the probabilities are
-// recomputed tile by tile from the saved log-sum-exp, as in FlashAttention (arXiv:2205.14135,
-// algorithm 4), once for the gradient of each operand, so that every sum has one owner and one
-// order.
+// recomputed tile by tile from the saved statistics of each row, as in FlashAttention
+// (arXiv:2205.14135, algorithm 4), once for the gradient of each operand, so that every sum has one
+// owner and one order.
 //
-//   p      = exp(s - lse),  dp = keep * (grad_out . v),  ds = p * (dp - delta)
+//   p      = exp(s - max) / sum,  dp = keep * (grad_out . v),  ds = p * (dp - delta)
 //   dx     = ds * (1 - tanh(x / softcap)^2),  ds without a softcap
 //   grad_q = scale * dx k,  grad_k = scale * dx^T q,  grad_v = (keep * p)^T grad_out
 //   delta  = sum(grad_out * out) - grad_lse, for each row

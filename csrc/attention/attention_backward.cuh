@@ -28,7 +28,8 @@ __device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardPa
   const Score<A> score = final_score(p, band, batch, head, row, column, dot);
   if (score.value == kHiddenScore<A>) return {0, 0, 0};
   const int64_t index = (static_cast<int64_t>(batch) * p.num_heads + head) * p.seqlen_q + row;
-  const A probability = exp(score.value - static_cast<const A*>(p.lse)[index]);
+  const RowStats<A> stats = load_row_stats<A>(p, p.row_stats, index);
+  const A probability = exp(score.value - stats.max) * stats.inverse_sum;
   const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, batch, head, row, column);
   const A delta = static_cast<const A*>(p.delta)[index];
   return {keep * probability, probability * (keep * dot_v - delta), score.slope};

@@ -2,7 +2,7 @@
 //
 //   grad_mask = ds, summed over the dimensions along which the mask is broadcast
 //   grad_alibi_slopes[h] = -sum |i + T - S - j| * ds[i, j]
-//   grad_sink[h] = -sum exp(sink[h] - lse[i]) * delta[i]
+//   grad_sink[h] = -sum p[i, sink] * delta[i]
 //
 // with ds and delta as in attention_backward.cu. A block of the first kernel owns one tile of kOwn
 // queries by kOther keys of the gradient, or, along a broadcast dimension, all of its tiles, which
@@ -96,7 +96,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
               const int32_t column = first_key + thread_column + 16 * c;
               const A ds = score_weight(p, band, batch, head, row, column, scores[r][c], dots[r][c])
                                .gradient;
-              sums[r][c] += kByDistance ? -ds * static_cast<A>(alibi_distance(p, row, column)) : ds;
+              if (kByDistance) {
+                const int32_t distance = alibi_distance(p, row, column);
+                sums[r][c] -= ds * static_cast<A>(distance - nearest_distance(p, band, row));
+              } else {
+                sums[r][c] += ds;
+              }
             }
           }
         }
@@ -137,15 +142,19 @@ __global__ void __launch_bounds__(kAttentionThreads)
   double* of_warps = shared_memory<double>();
   const int64_t head = blockIdx.x;
   const A* maybe_row_alibi = static_cast<const A*>(p.maybe_row_alibi);
+  const Band band = visible_band(p);
   double alibi = 0, sink = 0;
   for (int64_t batch = 0; batch < p.batch; ++batch) {
     const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
     for (int64_t row = first + threadIdx.x; row < first + p.seqlen_q; row += kAttentionThreads) {
-      if (maybe_row_alibi != nullptr) alibi += maybe_row_alibi[row];
+      if (maybe_row_alibi != nullptr) {
+        alibi += maybe_row_alibi[row] +
+                 nearest_alibi_gradient<A>(p, band, static_cast<int32_t>(row - first), row);
+      }
       if (p.maybe_grad_sink != nullptr) {
-        sink +=
-            sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
-                          static_cast<const A*>(p.lse)[row], static_cast<const A*>(p.delta)[row]);
+        sink += sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
+                              load_row_stats<A>(p, p.row_stats, row),
+                              static_cast<const A*>(p.delta)[row]);
       }
     }
   }

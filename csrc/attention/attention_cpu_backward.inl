@@ -25,7 +25,8 @@ template <typename A, bool kOwnsQueries>
 static void backward_weights(const AttentionBackwardParams& p, const TilePlace<kOwnsQueries>& tile,
                              A* scores, A* dots) {
   const int64_t row_base = (int64_t{tile.batch} * p.num_heads + tile.head) * p.seqlen_q;
-  const A* lse = static_cast<const A*>(p.lse) + row_base;
+  const A* max = static_cast<const A*>(p.row_stats) + row_base;
+  const A* inverse_sum = max + int64_t{p.batch} * p.num_heads * p.seqlen_q;
   const A* delta = static_cast<const A*>(p.delta) + row_base;
   alignas(64) A keep[kOwnRows<A>];
   std::fill_n(keep, kOwnRows<A>, A(1));
@@ -41,7 +42,7 @@ static void backward_weights(const AttentionBackwardParams& p, const TilePlace<k
     for (int32_t i = 0; i < tile.own_rows; ++i) {
       const int32_t row = kOwnsQueries ? tile.own_row + i : tile.other_row + j;
       const bool hidden = of_score[i] == kHiddenScore<A>;
-      const A probability = vector_exp(of_score[i] - lse[row]);
+      const A probability = vector_exp(of_score[i] - max[row]) * inverse_sum[row];
       of_score[i] = hidden ? A(0) : keep[i] * probability;
       of_dot[i] = hidden ? A(0) : probability * (keep[i] * of_dot[i] - delta[row]);
     }

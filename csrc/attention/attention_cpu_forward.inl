@@ -79,11 +79,10 @@ static void forward_tasks(const AttentionForwardParams& p, int64_t begin, int64_
     }
 
     const int64_t first = (int64_t{batch} * p.num_heads + head) * p.seqlen_q + own_row;
-    A* lse = static_cast<A*>(p.lse) + first;
     for (int32_t i = 0; i < rows; ++i) {
       const RowEnd<A> row_end = end_row(p, head, max[i], sum[i]);
       row_scale[i] = row_end.scale;
-      lse[i] = row_end.lse;
+      store_row_end(p, first + i, row_end);
     }
     T* out = static_cast<T*>(p.out) + batch * p.out_strides.batch + head * p.out_strides.head +
              own_row * p.out_strides.row;

@@ -19,15 +19,20 @@ static inline int32_t num_key_tiles(const AttentionProblem& p) {
 
 // Adds a tile of ds to the sums, or of what it says about the slopes.
 template <typename A>
-static void add_tile(const AttentionProblem& p, const TilePlace<true>& tile, bool by_distance,
-                     const A* gradients, A* sums) {
+static void add_tile(const AttentionProblem& p, const Band& band, const TilePlace<true>& tile,
+                     bool by_distance, const A* gradients, A* sums) {
+  int32_t nearest[kOwnRows<A>];
+  for (int32_t i = 0; by_distance && i < tile.own_rows; ++i) {
+    nearest[i] = nearest_distance(p, band, tile.own_row + i);
+  }
   for (int32_t j = 0; j < tile.other_rows; ++j) {
     const A* from = gradients + j * kOwnRows<A>;
     A* to = sums + j * kOwnRows<A>;
     if (by_distance) {
 #pragma omp simd
       for (int32_t i = 0; i < tile.own_rows; ++i) {
-        to[i] -= from[i] * static_cast<A>(alibi_distance(p, tile.row(i, j), tile.column(i, j)));
+        const int32_t distance = alibi_distance(p, tile.row(i, j), tile.column(i, j));
+        to[i] -= from[i] * static_cast<A>(distance - nearest[i]);
       }
     } else {
 #pragma omp simd
@@ -103,7 +108,7 @@ static void score_gradient_tasks(const AttentionBackwardParams& p, const ScoreGr
             tile_weights(p, band, tile, tile_rows(k, key, tile.other_rows, buffer.data()),
                          tile_rows(v, key, tile.other_rows, buffer_v.data()), own.data(),
                          own_v.data(), scores.data(), dots.data(), slopes.data());
-            add_tile(p, tile, by_distance, dots.data(), sums.data());
+            add_tile(p, band, tile, by_distance, dots.data(), sums.data());
           }
         }
       }
@@ -133,16 +138,20 @@ static void score_gradient(const AttentionBackwardParams& p, const ScoreGradient
 template <typename A>
 static void head_sums(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   const A* maybe_row_alibi = static_cast<const A*>(p.maybe_row_alibi);
-  const A* lse = static_cast<const A*>(p.lse);
   const A* delta = static_cast<const A*>(p.delta);
+  const Band band = visible_band(p);
   for (int64_t head = begin; head < end; ++head) {
     double alibi = 0, sink = 0;
     for (int64_t batch = 0; batch < p.batch; ++batch) {
       const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
       for (int64_t row = first; row < first + p.seqlen_q; ++row) {
-        if (maybe_row_alibi) alibi += maybe_row_alibi[row];
+        if (maybe_row_alibi) {
+          alibi += maybe_row_alibi[row] +
+                   nearest_alibi_gradient<A>(p, band, static_cast<int32_t>(row - first), row);
+        }
         if (p.maybe_grad_sink) {
-          sink += sink_gradient(static_cast<const A*>(p.maybe_sink)[head], lse[row], delta[row]);
+          sink += sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
+                                load_row_stats<A>(p, p.row_stats, row), delta[row]);
         }
       }
     }

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     if (lane == 0 && place.column == 0 && row < p.seqlen_q) {
       const int64_t index =
           (static_cast<int64_t>(place.batch) * p.num_heads + place.head) * p.seqlen_q + row;
-      static_cast<A*>(p.lse)[index] = end.lse;
+      store_row_end(p, index, end);
     }
   }
   store_result<T>(p.out, p.out_strides, place.batch, place.head, place.own_row, p.seqlen_q,

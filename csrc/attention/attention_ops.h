@@ -16,8 +16,9 @@ namespace fused {
 // attn_mask bool or floating, broadcastable to [B, H, S, T]; alibi_slopes and sink [H], float32
 // (float64 for float64); rng int64 [2] (seed, offset) where dropout_p > 0; softcap 0 for none;
 // window_left and window_right -1 for no bound.
-// Returns out [B, H, S, Dv] (laid out as [B, S, H, Dv]) and lse [B, H, S].
-FUSED_API std::tuple<at::Tensor, at::Tensor> attention_forward(
+// Returns out [B, H, S, Dv] (laid out as [B, S, H, Dv]), lse [B, H, S] and, for the backward pass,
+// row_stats [2, B, H, S].
+FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
     const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng, double dropout_p,
@@ -29,7 +30,7 @@ FUSED_API std::tuple<at::Tensor, at::Tensor> attention_forward(
 FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>
 attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& grad_lse,
                    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
-                   const at::Tensor& out, const at::Tensor& lse,
+                   const at::Tensor& out, const at::Tensor& row_stats,
                    const std::optional<at::Tensor>& attn_mask,
                    const std::optional<at::Tensor>& alibi_slopes,
                    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,

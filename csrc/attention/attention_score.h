@@ -114,16 +114,24 @@ FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Ba
   return score;
 }
 
-// How the softmax of a row ends, given the largest of its scores and the sum of exp(score - max):
-// its log-sum-exp, and what its sum of exp(score - max) * v is to be multiplied by.
+// A row's largest score and 1 / sum(exp(score - largest)): its p is exp(s - max) * inverse_sum.
+template <typename A>
+struct RowStats {
+  A max, inverse_sum;
+};
+
+// How the softmax of a row ends, given the largest of its keys' scores and the sum of
+// exp(score - max): its stats, its log-sum-exp, and what its sum of exp(score - max) * v is to be
+// multiplied by.
 template <typename A>
 struct RowEnd {
+  RowStats<A> stats;
   A lse, scale;
 };
 
 template <typename A>
 FUSED_HOST_DEVICE RowEnd<A> end_row(const AttentionProblem& problem, int32_t head, A max, A sum) {
-  if (sum == 0) return {kHiddenScore<A>, A(0)};  // no key
+  if (sum == 0) return {{A(0), A(0)}, kHiddenScore<A>, A(0)};  // no key
   A factor = 1;
   if (problem.maybe_sink != nullptr) {
     const A sink = static_cast<const A*>(problem.maybe_sink)[head];
@@ -132,13 +140,56 @@ FUSED_HOST_DEVICE RowEnd<A> end_row(const AttentionProblem& problem, int32_t hea
     factor = std::exp(keys_max - max);
     sum = sum * factor + std::exp(sink - max);
   }
-  return {max + std::log(sum), factor / sum};
+  return {{max, 1 / sum}, max + std::log(sum), factor / sum};
 }
 
-// What one row gives to the gradient of its head's sink.
+// Where the stats of a row lie in the [2, B, H, S] that hold them.
 template <typename A>
-FUSED_HOST_DEVICE A sink_gradient(A sink, A lse, A delta) {
-  return lse == kHiddenScore<A> ? A(0) : -std::exp(sink - lse) * delta;
+FUSED_HOST_DEVICE RowStats<A> load_row_stats(const AttentionProblem& problem, const void* row_stats,
+                                             int64_t row_of_all) {
+  const int64_t rows = static_cast<int64_t>(problem.batch) * problem.num_heads * problem.seqlen_q;
+  const A* stats = static_cast<const A*>(row_stats);
+  return {stats[row_of_all], stats[rows + row_of_all]};
+}
+
+template <typename A>
+FUSED_HOST_DEVICE void store_row_end(const AttentionForwardParams& params, int64_t row_of_all,
+                                     const RowEnd<A>& end) {
+  const int64_t rows = static_cast<int64_t>(params.batch) * params.num_heads * params.seqlen_q;
+  A* stats = static_cast<A*>(params.row_stats);
+  stats[row_of_all] = end.stats.max;
+  stats[rows + row_of_all] = end.stats.inverse_sum;
+  static_cast<A*>(params.lse)[row_of_all] = end.lse;
+}
+
+// What one row gives to the gradient of its head's sink; nothing where it saw no key.
+template <typename A>
+FUSED_HOST_DEVICE A sink_gradient(A sink, const RowStats<A>& stats, A delta) {
+  if (stats.inverse_sum == 0) return A(0);
+  return -std::exp(sink - stats.max) * stats.inverse_sum * delta;
+}
+
+// What a row's distances are counted from for its slope's gradient, -sum_j distance * ds: a small
+// difference where all of its keys are far. Without a sink sum_j ds is just grad_lse, so that
+// -sum_j (distance - nearest) * ds - nearest * grad_lse says the same with fewer digits lost. Where
+// a sink takes part, nothing is known and the count begins at 0.
+FUSED_HOST_DEVICE int32_t nearest_distance(const AttentionProblem& problem, const Band& band,
+                                           int32_t row) {
+  if (problem.maybe_sink != nullptr) return 0;
+  const Range keys = keys_seen_by(problem, band, row, row);
+  const int32_t middle = row + problem.seqlen_k - problem.seqlen_q;
+  const int32_t last = middle < keys.end ? middle : keys.end - 1;
+  return alibi_distance(problem, row, last < keys.begin ? keys.begin : last);
+}
+
+// The second part; nothing for a row without keys.
+template <typename A>
+FUSED_HOST_DEVICE A nearest_alibi_gradient(const AttentionBackwardParams& params, const Band& band,
+                                           int32_t row, int64_t row_of_all) {
+  if (params.maybe_grad_lse == nullptr) return A(0);
+  if (load_row_stats<A>(params, params.row_stats, row_of_all).inverse_sum == 0) return A(0);
+  return -static_cast<A>(nearest_distance(params, band, row)) *
+         static_cast<const A*>(params.maybe_grad_lse)[row_of_all];
 }
 
 // The scratch that takes what each row gives to the gradient of its head's ALiBi slope.
