@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,79 +12,10 @@ from fused._attention import AttentionFunction
 from fused._attention_composite import Options, dropout_mask
 from fused.functional import scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock
+from fused.testing.attention import assert_case, draw_grads, run_fused
 from fused.testing.cases.attention import CASES, AttentionCase
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-
-
-def gradients(out: Tensor, inputs: list[Tensor], grad_out: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(out, inputs, grad_out.to(out.dtype))
-
-
-def run(
-    function: Callable, tensors: list[Tensor], options: dict, grads_out: list[Tensor]
-) -> dict[str, Tensor]:
-    """Everything that the function gives: results, and gradients of all that may have one."""
-    inputs = dict(zip(("query", "key", "value"), tensors, strict=True))
-    inputs |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
-    others = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
-    inputs = {name: x.detach() for name, x in inputs.items()}
-    leaves = {n: x.requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
-    results = function(**inputs, **others)
-    results = list(results) if isinstance(results, tuple) else [results]
-    # The gradient of a log-sum-exp of nothing is nothing in the definition as well.
-    judged = [r.masked_fill(r == -torch.inf, 0.0) for r in results]
-    grads_out = [g.to(r.dtype) for g, r in zip(grads_out, results)]
-    grads = torch.autograd.grad(judged, list(leaves.values()), grads_out)
-    names = [f"grad of {name}" for name in leaves]
-    return dict(zip(["out", "lse"], results)) | dict(zip(names, grads, strict=True))
-
-
-def cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
-    def convert(x: Any) -> Any:
-        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-
-    return [convert(t) for t in tensors], {name: convert(x) for name, x in options.items()}
-
-
-def run_reference(
-    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
-) -> dict[str, Tensor]:
-    kept = {k: v for k, v in options.items() if k != "enable_gqa"}
-    tensors, kept = cast(tensors, kept, torch.float64)
-    return run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
-
-
-def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
-    """PyTorch's own operator in the tensors' dtype (float32 for float64).
-
-    Where it lacks an option, refuses a mask of another dtype or gives NaN for it, the definition in
-    that dtype.
-    """
-    dtype = torch.float32 if tensors[0].dtype == torch.float64 else tensors[0].dtype
-    mask = options.get("attn_mask")
-    tensors, options = cast(tensors, options, dtype)
-    if options.keys() <= {"is_causal", "scale", "enable_gqa"} or (
-        mask is not None
-        and mask.dtype == torch.bool
-        and options.keys() <= {"attn_mask", "is_causal", "scale", "enable_gqa"}
-        and not options["is_causal"]
-    ):
-        return run(F.scaled_dot_product_attention, tensors, options, grads_out)
-    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
-    return run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
-
-
-def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
-    return run(scaled_dot_product_attention, tensors, options, grads_out)
-
-
-def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
-    """Gradients of the output and of its log-sum-exp."""
-    generator = torch.Generator().manual_seed(1)
-    q, _, v = tensors
-    shapes = [(*q.shape[:-1], v.shape[-1]), q.shape[:-1]]
-    return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -95,16 +23,7 @@ def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
 def test_forward_and_gradients(
     case: AttentionCase, dtype: torch.dtype, backend: torch.device
 ) -> None:
-    tensors, options = case.make(dtype, backend)
-    grads_out = draw_grads(tensors)
-    expected = run_reference(tensors, options, grads_out)
-    stock = run_stock(tensors, options, grads_out)
-    actual = run_fused(tensors, options, grads_out)
-    assert actual.keys() == expected.keys() == stock.keys()
-    for name, result in actual.items():
-        if dtype != torch.float64:  # the definition in float16 has no float32
-            result = result.to(stock[name].dtype)
-        assert_as_accurate_as_stock(result, expected[name], stock[name], name)
+    assert_case(case, dtype, backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -115,7 +34,7 @@ def test_log_sum_exp(dtype: torch.dtype, backend: torch.device) -> None:
     q, k, v = tensors
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=backend)
     mask[3] = False
-    _, lse = _route.kernels().attention_forward(q, k, v, *Options(mask))
+    _, lse, _ = _route.kernels().attention_forward(q, k, v, *Options(mask))
     scores = (q.double() @ k.double().transpose(-2, -1)) * q.shape[-1] ** -0.5
     expected = torch.logsumexp(scores.masked_fill(~mask, -torch.inf), -1)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -163,7 +82,9 @@ def test_dropout_forward_and_gradients(dropout_p: float, backend: torch.device) 
     expected = reference.scaled_dot_product_attention(*inputs, keep=keep)
     grad_out = torch.randn_like(out)
     torch.testing.assert_close(out, expected)
-    for a, e in zip(gradients(out, inputs, grad_out), gradients(expected, inputs, grad_out)):
+    for a, e in zip(
+        torch.autograd.grad(out, inputs, grad_out), torch.autograd.grad(expected, inputs, grad_out)
+    ):
         torch.testing.assert_close(a, e)
 
 

@@ -156,9 +156,9 @@ def test_opcheck(case: AttentionCase) -> None:
     ]
     forward, backward = torch.ops.fused.attention_forward, torch.ops.fused.attention_backward
     torch.library.opcheck(forward.default, (*leaves, *differentiable, *constants[3:]))
-    out, lse = forward(q, k, v, *constants)
+    out, _, row_stats = forward(q, k, v, *constants)
     for needs in ([True] * 6, [False, True, False, False, False, True]):
-        inputs = (torch.ones_like(out), None, q, k, v, out, lse, *constants, needs)
+        inputs = (torch.ones_like(out), None, q, k, v, out, row_stats, *constants, needs)
         torch.library.opcheck(backward.default, inputs)
 
 

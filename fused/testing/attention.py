@@ -1,0 +1,125 @@
+"""A case of attention by the kernels, by the definition and by stock, and the judgement on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused import reference
+from fused.functional import scaled_dot_product_attention
+from fused.testing.cases.attention import AttentionCase
+from fused.testing.compare import assert_as_accurate_as_stock
+
+_STOCK_OPTIONS = {"attn_mask", "is_causal", "scale", "enable_gqa"}
+
+
+def _run(
+    function: Callable, tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+) -> dict[str, Tensor]:
+    """Everything that the function gives: results, and gradients of all that may have one."""
+    inputs: dict[str, Tensor] = dict(zip(("query", "key", "value"), tensors, strict=True))
+    inputs |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
+    others = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    leaves = {n: x.requires_grad_() for n, x in inputs.items() if x.is_floating_point()}
+    results = function(**inputs, **others)
+    results = list(results) if isinstance(results, tuple) else [results]
+    # The gradient of a log-sum-exp of nothing is nothing in the definition as well.
+    judged = [r.masked_fill(r == -torch.inf, 0.0) for r in results]
+    grads_out = [g.to(r.dtype) for g, r in zip(grads_out, results)]
+    grads = torch.autograd.grad(judged, list(leaves.values()), grads_out)
+    names = [f"grad of {name}" for name in leaves]
+    return dict(zip(["out", "lse"], results)) | dict(zip(names, grads, strict=True))
+
+
+def _cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
+    def convert(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return [convert(t) for t in tensors], {name: convert(x) for name, x in options.items()}
+
+
+def run_reference(
+    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+) -> dict[str, Tensor]:
+    kept = {k: v for k, v in options.items() if k != "enable_gqa"}
+    tensors, kept = _cast(tensors, kept, torch.float64)
+    return _run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
+
+
+def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
+    """PyTorch's own operator in the tensors' dtype (float32 for float64).
+
+    Where it lacks an option, refuses a mask of another dtype or gives NaN for it, the definition in
+    that dtype.
+    """
+    dtype = torch.float32 if tensors[0].dtype == torch.float64 else tensors[0].dtype
+    mask = options.get("attn_mask")
+    tensors, options = _cast(tensors, options, dtype)
+    of_stock = options.keys() <= _STOCK_OPTIONS
+    if of_stock and (mask is None or (mask.dtype == torch.bool and not options["is_causal"])):
+        return _run(F.scaled_dot_product_attention, tensors, options, grads_out)
+    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
+    return _run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
+
+
+def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
+    return _run(scaled_dot_product_attention, tensors, options, grads_out)
+
+
+def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
+    """Gradients of the output and of its log-sum-exp."""
+    generator = torch.Generator().manual_seed(1)
+    q, _, v = tensors
+    shapes = [(*q.shape[:-1], v.shape[-1]), q.shape[:-1]]
+    return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
+
+
+def run_case(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Every result and gradient of a case, by name: the kernels', the definition's and stock's."""
+    tensors, options = case.make(dtype, device)
+    grads_out = draw_grads(tensors)
+    expected = run_reference(tensors, options, grads_out)
+    stock = run_stock(tensors, options, grads_out)
+    actual = run_fused(tensors, options, grads_out)
+    assert actual.keys() == expected.keys() == stock.keys()
+    if dtype != torch.float64:  # the definition in float16 has no float32
+        actual = {name: result.to(stock[name].dtype) for name, result in actual.items()}
+    return {name: (actual[name], expected[name], stock[name]) for name in actual}
+
+
+def assert_case(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
+    """Holds all results and gradients of a case to the definition."""
+    for name, results in run_case(case, dtype, device).items():
+        assert_as_accurate_as_stock(*results, name)
+
+
+class Judgement:
+    """One judgement over many cases, each to its own scale.
+
+    In one small case the largest error of either side is luck.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[torch.dtype, list[list[Tensor]]] = {}
+
+    def add(self, case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
+        results = run_case(case, dtype, device)
+        truths = [truth[truth.isfinite()].abs() for _, truth, _ in results.values()]
+        scale = max((x.max().item() for x in truths if x.numel() > 0), default=1.0) or 1.0
+        for same_result in results.values():
+            # By the result's own dtype: the gradient of a float32 mask is float32 in any case.
+            lists = self._kept.setdefault(same_result[0].dtype, [[], [], []])
+            for kept, result in zip(lists, same_result, strict=True):
+                kept.append((result.detach().double() / scale).flatten().to(result.dtype))
+
+    def assert_as_accurate_as_stock(self) -> None:
+        for dtype, lists in self._kept.items():
+            ours, truth, theirs = (torch.cat(kept) for kept in lists)
+            assert_as_accurate_as_stock(ours, truth, theirs, f"all results in {dtype}")
