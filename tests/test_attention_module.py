@@ -9,9 +9,11 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
+from fused import reference
 
 CONSTRUCTORS = [
     {},
@@ -99,12 +101,117 @@ def test_same_output_and_gradients(options: dict, mask_kind: str, padding: str, 
 
 
 @pytest.mark.parametrize("average", [True, False])
-def test_weights_when_asked_for(average: bool) -> None:
-    stock, ours = twins(batch_first=True)
-    x = torch.randn(2, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(
-        ours(x, x, x, average_attn_weights=average), stock(x, x, x, average_attn_weights=average)
-    )
+@pytest.mark.parametrize("mask_kind", MASKS)
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("options", CONSTRUCTORS, ids=str)
+def test_weights_when_asked_for(
+    options: dict, batched: bool, mask_kind: str, average: bool
+) -> None:
+    torch.manual_seed(0)
+    stock, ours = twins(**options)
+    shape = [(4, stock.embed_dim), (5, stock.kdim), (5, stock.vdim)]
+    inputs = [torch.randn(n, w).double() for n, w in shape]
+    if batched:
+        inputs = [torch.stack([x, x + 1, x - 1], 0 if stock.batch_first else 1) for x in inputs]
+    mask, hint = draw_mask(mask_kind, 3 if batched else 1)
+    results = []
+    for module in (stock, ours):
+        out, weights = module(*inputs, attn_mask=mask, is_causal=hint, average_attn_weights=average)
+        # The weights are results like any other: a loss may be made of them.
+        (out.square().sum() + (weights * weights).sum()).backward()
+        results.append((out, weights, {n: p.grad for n, p in module.named_parameters()}))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_weights_have_the_dropout_of_the_output() -> None:
+    ours = fused.Attention(8, 2, dropout=0.5, batch_first=True, dtype=torch.float64)
+    x = torch.randn(2, 9, 8, dtype=torch.float64)
+    out, weights = ours(x, x, x, average_attn_weights=False)
+    assert 0.2 < (weights == 0).double().mean() < 0.8
+    v = F.linear(x, ours.in_proj_weight[16:], ours.in_proj_bias[16:])
+    attended = weights @ v.unflatten(-1, (2, 4)).transpose(1, 2)
+    expected = ours.out_proj(attended.transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(out, expected)
+
+
+def test_weights_of_rows_without_keys_are_zeros() -> None:
+    ours = fused.Attention(8, 2, batch_first=True)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    pad = torch.tensor([[False] * 5, [True] * 5])
+    out, weights = ours(x, x, x, key_padding_mask=pad)
+    assert (weights[1] == 0).all() and (weights[0] > 0).all()
+    (out.sum() + weights.square().sum()).backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kdim", [None, 6])
+@pytest.mark.parametrize("key", ["self", "value", "different"])
+def test_grouped_key_and_value_heads(key: str, kdim: int | None) -> None:
+    """As the module of which each group's key and value heads are copies."""
+    torch.manual_seed(0)
+    grouped = fused.Attention(12, 6, kdim=kdim, vdim=kdim, num_kv_heads=2, dtype=torch.float64)
+    nn.init.normal_(grouped.in_proj_bias)
+    full = nn.MultiheadAttention(12, 6, kdim=kdim, vdim=kdim, dtype=torch.float64)
+
+    def spread(x: Tensor) -> Tensor:  # the rows of 2 heads of width 2 become those of 6
+        return x.unflatten(0, (2, 2)).repeat_interleave(3, dim=0).flatten(0, 1)
+
+    def spread_packed(x: Tensor) -> Tensor:
+        q, k, v = x.split([12, 4, 4])
+        return torch.cat([q, spread(k), spread(v)])
+
+    state = grouped.state_dict()
+    for name in ("in_proj_weight", "in_proj_bias"):
+        if name in state:
+            state[name] = spread_packed(state[name])
+    for name in ("k_proj_weight", "v_proj_weight"):
+        if name in state:
+            assert state[name].shape == (4, 6)
+            state[name] = spread(state[name])
+    full.load_state_dict(state)
+    x, y, z = (torch.randn(5, 3, n, dtype=torch.float64) for n in (12, kdim or 12, kdim or 12))
+    inputs = {"self": (x, x, x), "value": (x, y, y), "different": (x, y, z)}[key]
+    if key == "self" and kdim:
+        inputs = (x, y, y)
+    assert f"num_kv_heads={2}" in repr(grouped)
+    torch.testing.assert_close(grouped(*inputs), full(*inputs))
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_options_of_the_constructor(need_weights: bool) -> None:
+    options = {"window": (2, 1), "softcap": 1.5, "is_causal": True}
+    ours = fused.Attention(8, 2, batch_first=True, dtype=torch.float64, **options)
+    x = torch.randn(2, 7, 8, dtype=torch.float64)
+    pad = torch.zeros(2, 7, dtype=torch.bool)
+    pad[0, 5:] = True
+    out, weights = ours(x, x, x, key_padding_mask=pad, need_weights=need_weights)
+    q, k, v = F.linear(x, ours.in_proj_weight, ours.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in (q, k, v))
+    attended = reference.scaled_dot_product_attention(q, k, v, ~pad[:, None, None], **options)
+    torch.testing.assert_close(out, ours.out_proj(attended.transpose(1, 2).flatten(-2)))
+    if need_weights:
+        i, j = torch.arange(7)[:, None], torch.arange(7)
+        hidden = (j > i) | (j < i - 2) | pad[:, None]
+        assert ((weights == 0) == hidden).all()
+    for name, value in options.items():
+        assert f"{name}={value}" in repr(ours)
+    copied = copy.deepcopy(ours)
+    assert torch.equal(copied(x, x, x, key_padding_mask=pad)[0], ours(x, x, x, pad)[0])
+
+
+def test_constructor_refuses() -> None:
+    with pytest.raises(ValueError, match=r"num_kv_heads must divide num_heads \(4\), got 3$"):
+        fused.Attention(8, 4, num_kv_heads=3)
+    for extra, added in itertools.product(
+        ({"window": (1, 1)}, {"is_causal": True}), ("add_bias_kv", "add_zero_attn")
+    ):
+        with pytest.raises(NotImplementedError, match=r"^attention: add_bias_kv and add_zero_attn"):
+            fused.Attention(8, 4, **extra, **{added: True})
+    nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    for options in ({"softcap": 1.0}, {"num_kv_heads": 2}):
+        module = fused.Attention(8, 4, batch_first=True, **options)
+        with pytest.raises(NotImplementedError, match=r"^attention: inputs must not be nested"):
+            module(nested, nested, nested, need_weights=False)
 
 
 def test_state_dict_repr_copies_and_pickles() -> None:

@@ -7,19 +7,99 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused import _route
-from fused._attention import scaled_dot_product_attention
+from fused._attention import attend, make_options
 
 
 class Attention(nn.MultiheadAttention):
     """Multi-head attention (Vaswani et al., arXiv:1706.03762) on `fused`'s kernels.
 
-    Constructor, `forward` and `state_dict` are those of :class:`torch.nn.MultiheadAttention`. Pass
-    ``need_weights=False`` wherever the weights are not used: whoever asks for them gets the whole
-    ``[N, H, L, S]`` matrix made, by PyTorch's own operators, as in stock.
+    Constructor, `forward` and `state_dict` are those of :class:`torch.nn.MultiheadAttention`, with
+    keyword-only extras. Pass ``need_weights=False`` wherever the weights are not used: who asks for
+    them gets the whole ``[N, H, L, S]`` matrix made, beside the kernel's output, by PyTorch's own
+    operators.
 
     Queries that may see no key, a float32 mask with half-precision inputs and masks of any
     combination mean what they say: zeros for the former, never NaN.
+
+    Args:
+        num_kv_heads: heads of key and value, a divisor of ``num_heads``, each shared by a group of
+            query heads (Ainslie et al., arXiv:2305.13245); ``num_heads`` by default. The
+            projections of key and value are as much narrower.
+        window: ``(left, right)``: query i sees keys i + S - L - left to i + S - L + right, -1 for
+            no bound, in every call.
+        softcap: bounds the scores to its size, by a tanh.
+        is_causal: query i sees keys 0 to i in every call, without a mask.
+
+    Raises:
+        ValueError: ``num_kv_heads`` that does not divide ``num_heads``.
+        NotImplementedError: ``window`` or ``is_causal`` with ``add_bias_kv`` or ``add_zero_attn``.
     """
+
+    # What a stock module has not set that `fused.patch` made one of these.
+    num_kv_heads: int | None = None
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    is_causal: bool = False
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        add_bias_kv: bool = False,
+        add_zero_attn: bool = False,
+        kdim: int | None = None,
+        vdim: int | None = None,
+        batch_first: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        num_kv_heads: int | None = None,
+        window: tuple[int, int] | None = None,
+        softcap: float | None = None,
+        is_causal: bool = False,
+    ) -> None:
+        if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads != 0):
+            raise ValueError(
+                f"attention: num_kv_heads must divide num_heads ({num_heads}), got {num_kv_heads}"
+            )
+        if (window is not None or is_causal) and (add_bias_kv or add_zero_attn):
+            raise NotImplementedError(
+                "attention: add_bias_kv and add_zero_attn must be False with window or is_causal, "
+                "which have no place for keys beyond the sequence, got True"
+            )
+        super().__init__(
+            embed_dim, num_heads, dropout, bias, add_bias_kv, add_zero_attn, kdim, vdim,
+            batch_first, device, dtype,
+        )  # fmt: skip
+        self.num_kv_heads = num_kv_heads
+        self.window, self.softcap, self.is_causal = window, softcap, is_causal
+        if num_kv_heads not in (None, num_heads):
+            self._narrow_key_and_value(device, dtype)
+
+    def _narrow_key_and_value(
+        self, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> None:
+        size, kv_size = self.embed_dim, self._kv_heads * self.head_dim
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        if self._qkv_same_embed_dim:
+            self.in_proj_weight = parameter(size + 2 * kv_size, size)
+        else:
+            self.k_proj_weight = parameter(kv_size, self.kdim)
+            self.v_proj_weight = parameter(kv_size, self.vdim)
+        if self.in_proj_bias is not None:
+            self.in_proj_bias = parameter(size + 2 * kv_size)
+        if self.bias_k is not None:
+            self.bias_k, self.bias_v = parameter(1, 1, kv_size), parameter(1, 1, kv_size)
+        self._reset_parameters()
+
+    @property
+    def _kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def extra_repr(self) -> str:
         text = f"embed_dim={self.embed_dim}, num_heads={self.num_heads}"
@@ -35,6 +115,9 @@ class Attention(nn.MultiheadAttention):
             text += f", kdim={self.kdim}, vdim={self.vdim}"
         if self.batch_first:
             text += ", batch_first=True"
+        for name in ("num_kv_heads", "window", "softcap", "is_causal"):
+            if getattr(self, name) != getattr(Attention, name):
+                text += f", {name}={getattr(self, name)}"
         return text
 
     def forward(
@@ -55,17 +138,23 @@ class Attention(nn.MultiheadAttention):
             key: ``[S, N, kdim]``, ``[N, S, kdim]`` with ``batch_first``, or ``[S, kdim]``.
             value: as key, with ``vdim``.
             key_padding_mask: ``[N, S]`` or ``[S]``; bool, True for keys to hide, or floating.
-            need_weights: also return the weights, at the price of computing them.
+            need_weights: also return the weights, dropout applied, at the price of making them.
             attn_mask: ``[L, S]`` or ``[N * H, L, S]``; bool, True for what to hide, or floating.
             average_attn_weights: average the returned weights over the heads.
-            is_causal: a hint that ``attn_mask``, which must be given, is the causal mask.
+            is_causal: a hint that ``attn_mask``, which must be given, is the causal mask. (The
+                constructor's asks for no mask.)
 
         Returns:
             The output in the layout of ``query``, and the weights or None.
         """
-        if need_weights or query.is_nested or key.is_nested or value.is_nested:
-            why = "need_weights=True asks for the weights" if need_weights else "an input is nested"
-            _route.report("attention", query.device, why)
+        if query.is_nested or key.is_nested or value.is_nested:
+            if self.window is not None or self.softcap is not None or self.is_causal:
+                raise NotImplementedError(
+                    "attention: inputs must not be nested with window, softcap or is_causal"
+                )
+            if self._kv_heads != self.num_heads:
+                raise NotImplementedError("attention: inputs must not be nested with num_kv_heads")
+            _route.report("attention", query.device, "an input is nested")
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask,
                 average_attn_weights, is_causal,
@@ -79,21 +168,29 @@ class Attention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
 
         q, k, v = self._project(query, key, value)
-        heads = (self.num_heads, self.head_dim)
         # [B, H, length, D] views of what the projections left: the kernels take any strides.
-        q, k, v = (t.unflatten(-1, heads).movedim(length_dim, -2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).movedim(length_dim, -2) for t in (q, k, v))
         k, v, added = self._with_added_keys(k, v)
         # As in stock, the hint counts where no padding has to be merged into the mask.
-        is_causal = is_causal and key_padding_mask is None
+        is_causal = is_causal and key_padding_mask is None and not need_weights
         mask = None if is_causal else _visible(attn_mask)
         if mask is not None and mask.dim() == 3:
             mask = mask.unflatten(0, (-1, self.num_heads))
         mask = _merge(mask, _visible(key_padding_mask), added)
-        dropout_p = self.dropout if self.training else 0.0
-        out = scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal)
-        out = out.movedim(-2, length_dim).flatten(-2)
+        options = make_options(
+            q, mask, self.dropout if self.training else 0.0, is_causal or self.is_causal,
+            window=self.window, softcap=self.softcap,
+        )  # fmt: skip
+        grouped = self._kv_heads != self.num_heads
+        attended = attend(q, k, v, options, grouped, need_weights=need_weights)
+        out = attended.out.movedim(-2, length_dim).flatten(-2)
         out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
-        return out if batched else out.squeeze(0), None
+        weights = attended.weights
+        if weights is not None and average_attn_weights:
+            weights = weights.mean(dim=1)
+        if batched or weights is None:
+            return out if batched else out.squeeze(0), weights
+        return out.squeeze(0), weights.squeeze(0)
 
     def _check(
         self,
@@ -153,16 +250,19 @@ class Attention(nn.MultiheadAttention):
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """The input projections, as few matrix products as the inputs allow."""
-        size, bias, weight = self.embed_dim, self.in_proj_bias, self.in_proj_weight
+        bias, weight = self.in_proj_bias, self.in_proj_weight
+        kv_size = self._kv_heads * self.head_dim
+        sizes = [self.embed_dim, kv_size, kv_size]
         if self._qkv_same_embed_dim and query is key and key is value:
-            return F.linear(query, weight, bias).chunk(3, dim=-1)
+            return F.linear(query, weight, bias).split(sizes, dim=-1)
         if self._qkv_same_embed_dim and key is value:
-            w_q, w_kv = weight.split([size, 2 * size])
-            b_q, b_kv = bias.split([size, 2 * size]) if bias is not None else (None, None)
+            parts = [self.embed_dim, 2 * kv_size]
+            w_q, w_kv = weight.split(parts)
+            b_q, b_kv = bias.split(parts) if bias is not None else (None, None)
             return (F.linear(query, w_q, b_q), *F.linear(key, w_kv, b_kv).chunk(2, dim=-1))
-        biases = bias.chunk(3) if bias is not None else (None, None, None)
+        biases = bias.split(sizes) if bias is not None else (None, None, None)
         weights = (
-            weight.chunk(3)
+            weight.split(sizes)
             if self._qkv_same_embed_dim
             else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
         )
@@ -175,7 +275,7 @@ class Attention(nn.MultiheadAttention):
         added = 0
         shape = (*k.shape[:-2], 1, self.head_dim)
         if self.bias_k is not None and self.bias_v is not None:
-            heads = (self.num_heads, 1, self.head_dim)
+            heads = (self._kv_heads, 1, self.head_dim)
             k = torch.cat([k, self.bias_k.view(heads).to(k.dtype).expand(shape)], dim=-2)
             v = torch.cat([v, self.bias_v.view(heads).to(v.dtype).expand(shape)], dim=-2)
             added += 1
