@@ -41,15 +41,17 @@ TREE = ROOT / "build" / "mutants"
 VERDICTS = TREE / "verdicts.json"
 TIMEOUT = 300  # seconds, building apart; an endless loop is a mutant noticed
 
-# The tests that answer for a folder of kernels, those first that notice most; csrc/common is met by
-# its users'.
+# The tests that answer for a file or else its folder, those first that notice most; csrc/common is
+# met by its users'.
 TESTS = {
     "attention": ["tests/test_attention.py"],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
     "optim": ["tests/test_optim.py", "tests/test_optim_tensors.py", "tests/test_optim_stock.py"],
+    "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
     "common": ["tests/test_attention.py", "tests/test_optim.py"],
 }
+FOLDERS = [name for name in TESTS if "/" not in name]
 
 # What is done to a line: a name, what is looked for, what it becomes. One mutant for each line and
 # fault, at the first place that fits.
@@ -171,7 +173,7 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
 def killer_of(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
     path, original = TREE / mutant.path, (ROOT / mutant.path).read_text()
-    tests = TESTS[mutant.path.split("/")[1]]
+    tests = TESTS.get(mutant.path) or TESTS[mutant.path.split("/")[1]]
     try:
         path.write_text(mutant.text)
         for variant, keyword, files in (
@@ -239,7 +241,7 @@ def main() -> None:
         copy_tree()
     every_path = sorted(
         str(path.relative_to(ROOT))
-        for folder in TESTS
+        for folder in FOLDERS
         for pattern in ("*.cu", "*.cuh")
         for path in (ROOT / "csrc" / folder).glob(pattern)
     )
