@@ -13,11 +13,18 @@ def adam_group(
     weight_decay: float,
     eps: float,
     amsgrad: bool,
-    maximize: bool,
     decoupled_weight_decay: bool,
+    maximize: bool,
     capturable: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+    skip_nonfinite: bool,
+    zero_grad: bool,
+    ema_decay: float | None,
+    rng: Tensor | None,
+    master: str | None,
     check_only: bool,
 ) -> str | None: ...
 def attention_backward(
@@ -82,6 +89,7 @@ def conv_forward(
     activation: str | None,
     save_pre: bool,
 ) -> tuple[Tensor, Tensor]: ...
+def gradient_norm(groups: list, grad_scale: Tensor | None) -> Tensor: ...
 def isa() -> str: ...
 def lstm_cell_backward(
     grad_h_next: Tensor | None,
@@ -142,25 +150,18 @@ def sgd_group(
     momentum: float,
     dampening: float,
     nesterov: bool,
+    first_step: bool,
     maximize: bool,
     capturable: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    norm: Tensor | None,
+    max_norm: float | None,
+    skip_nonfinite: bool,
+    zero_grad: bool,
+    ema_decay: float | None,
+    rng: Tensor | None,
+    master: str | None,
     check_only: bool,
 ) -> str | None: ...
-def sgd_lists(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    lr: object,
-    weight_decay: float,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    maximize: bool,
-    first_step: bool,
-    capturable: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None: ...
 def total_norm(tensors: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tensor: ...

@@ -109,7 +109,7 @@ def test_opcheck_adam(amsgrad: bool, scaled: bool) -> None:
         optional |= {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)}
     torch.library.opcheck(
         torch.ops.fused.adam_.default,
-        (*lists, tensors(2) if amsgrad else [], steps),
+        (*lists, tensors(2) if amsgrad else [], steps, [], [], []),
         {
             "lr": 0.1,
             "beta1": 0.9,
@@ -131,7 +131,7 @@ def test_opcheck_sgd(momentum: float, scaled: bool) -> None:
     optional = {"grad_scale": torch.tensor(8.0), "found_inf": torch.tensor(0.0)} if scaled else {}
     torch.library.opcheck(
         torch.ops.fused.sgd_.default,
-        (tensors(2), tensors(2), tensors(2) if momentum else []),
+        (tensors(2), tensors(2), tensors(2) if momentum else [], [], [], []),
         {
             "lr": 0.1,
             "weight_decay": 0.1,

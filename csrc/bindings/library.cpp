@@ -3,6 +3,8 @@
 // functions that use them.
 #include <torch/library.h>
 
+#include <string>
+
 #include "attention/attention_ops.h"
 #include "conv/conv_ops.h"
 #include "lstm/lstm_ops.h"
@@ -47,18 +49,28 @@ TORCH_LIBRARY(fused, m) {
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, "
       "bool want_input, bool want_weight, bool want_bias) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // What the steps share: see StepOptions and adam_op.
+  const std::string common =
+      "Tensor? tensor_lr=None, bool maximize=False, bool capturable=False, "
+      "Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? norm=None, float? max_norm=None, "
+      "bool skip_nonfinite=False, bool zero_grad=False, float ema_decay=0.0, Tensor? rng=None) "
+      "-> ()";
   m.def(
-      "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
-      "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, *, float lr, "
-      "float beta1, float beta2, float weight_decay, float eps, bool amsgrad, bool maximize, "
-      "bool decoupled_weight_decay, bool capturable, Tensor? tensor_lr=None, "
-      "Tensor? tensor_beta1=None, Tensor? tensor_beta2=None, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> ()");
-  m.def(
-      "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, float lr, "
-      "float weight_decay, float momentum, float dampening, bool nesterov, bool maximize, "
-      "bool first_step, bool capturable, Tensor? tensor_lr=None, Tensor? grad_scale=None, "
-      "Tensor? found_inf=None) -> ()");
+      (std::string(
+           "adam_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, "
+           "Tensor(d!)[] exp_avg_sqs, Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, "
+           "Tensor(g!)[] scales, Tensor(h!)[] masters, Tensor(i!)[] emas, *, float lr, float "
+           "beta1, "
+           "float beta2, float weight_decay, float eps, bool amsgrad, bool decoupled_weight_decay, "
+           "Tensor? tensor_beta1=None, Tensor? tensor_beta2=None, ") +
+       common)
+          .c_str());
+  m.def((std::string("sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, "
+                     "Tensor(d!)[] scales, Tensor(e!)[] masters, Tensor(f!)[] emas, *, float lr, "
+                     "float weight_decay, float momentum, float dampening, bool nesterov, bool "
+                     "first_step, ") +
+         common)
+            .c_str());
   m.def("total_norm(Tensor[] tensors, Tensor? grad_scale=None) -> Tensor");
   m.def("clip_by_norm_(Tensor(a!)[] tensors, Tensor norm, float max_norm) -> ()");
 }

@@ -51,7 +51,7 @@ void* FlatTensors::read_only(const at::Tensor& tensor) {
   return temporaries_.emplace_back(tensor.detach().clone(at::MemoryFormat::Contiguous)).data_ptr();
 }
 
-void* FlatTensors::scalar(const at::Tensor& tensor) {
+void* FlatTensors::whole(const at::Tensor& tensor) {
   written_.push_back(&tensor);
   return tensor.data_ptr();
 }

@@ -26,8 +26,8 @@ class FlatTensors {
   // The array of a tensor by itself, in whatever order is its own.
   void* read_only(const at::Tensor& tensor);
 
-  // The address of a scalar that the step changes.
-  void* scalar(const at::Tensor& tensor);
+  // The array of a contiguous tensor of another shape that the step changes: a count, scales.
+  void* whole(const at::Tensor& tensor);
 
   // Marks what the kernel will change, for autograd's check of stale graphs.
   void bump_versions() const;

@@ -13,6 +13,23 @@ namespace {
 using NormTable = TensorTable<1>;
 constexpr int kSumThreads = 1024;
 
+// Calls visit_pack(i) for the chunk's aligned packs from element i on, and visit_one(i) for the
+// elements that are left: all of a misaligned tensor's, and the tail of any.
+template <typename T, typename VisitPack, typename VisitOne>
+__device__ __forceinline__ void for_each_element(const Chunk& chunk, const T* x,
+                                                 const VisitPack& visit_pack,
+                                                 const VisitOne& visit_one) {
+  constexpr int kPack = Pack<T>::kSize;
+  const int64_t length = chunk.end - chunk.begin;
+  const int64_t packs_end =
+      is_pack_aligned(x, 0) ? chunk.begin + length / kPack * kPack : chunk.begin;
+  for (int64_t i = chunk.begin + threadIdx.x * kPack; i < packs_end; i += kOptimThreads * kPack) {
+    visit_pack(i);
+  }
+#pragma unroll 1
+  for (int64_t i = packs_end + threadIdx.x; i < chunk.end; i += kOptimThreads) visit_one(i);
+}
+
 // The sum over the block's threads, in thread 0. `shared` holds a value for each warp.
 __device__ __forceinline__ double block_sum(double value, double* shared, int num_warps) {
   value = warp_sum(value);
@@ -27,7 +44,7 @@ __global__ void __launch_bounds__(kOptimThreads)
     norm_partials_kernel(const NormTable table, double* partials) {
   using A = Accumulator<T>;
   const Chunk chunk = find_chunk(table, blockIdx.x);
-  const T* x = static_cast<const T*>(table.pointers[0][chunk.tensor]);
+  const T* x = static_cast<const T*>(table.at(0, chunk.tensor));
   double sum = 0;
   const auto add_pack = [&](int64_t i) {
     const Pack<T> pack = load_pack(x + i);
@@ -43,7 +60,7 @@ __global__ void __launch_bounds__(kOptimThreads)
     const A value = load(x[i]);
     sum += value * value;
   };
-  for_each_element<T>(chunk, is_aligned<T>(table, chunk.tensor), add_pack, add_one);
+  for_each_element(chunk, x, add_pack, add_one);
   const double total = block_sum(sum, shared_memory<double>(), kOptimThreads / kWarpSize);
   if (threadIdx.x == 0) partials[blockIdx.x] = total;
 }
@@ -64,7 +81,7 @@ __global__ void __launch_bounds__(kOptimThreads)
   if (coefficient == 1.0) return;
   const A factor = static_cast<A>(coefficient);
   const Chunk chunk = find_chunk(table, blockIdx.x);
-  T* x = static_cast<T*>(table.pointers[0][chunk.tensor]);
+  T* x = static_cast<T*>(table.at(0, chunk.tensor));
   const auto multiply_pack = [&](int64_t i) {
     Pack<T> pack = load_pack(x + i);
 #pragma unroll
@@ -74,17 +91,15 @@ __global__ void __launch_bounds__(kOptimThreads)
     *reinterpret_cast<Pack<T>*>(x + i) = pack;
   };
   const auto multiply_one = [&](int64_t i) { x[i] = store<T>(load(x[i]) * factor); };
-  for_each_element<T>(chunk, is_aligned<T>(table, chunk.tensor), multiply_pack, multiply_one);
+  for_each_element(chunk, x, multiply_pack, multiply_one);
 }
 
 // Calls start(table) for tables that hold all tensors.
 template <typename Start>
 Status for_each_norm_table(const NormTensor* tensors, int64_t num_tensors, const Start& start) {
   const auto numel = [&](int64_t i) { return tensors[i].numel; };
-  const auto fill = [&](NormTable& table, int32_t slot, int64_t i) {
-    table.pointers[0][slot] = tensors[i].data;
-  };
-  return for_each_table<NormTable>(num_tensors, numel, fill, start);
+  const auto fill = [&](NormTable& table, int64_t i) { table.set(0, tensors[i].data); };
+  return for_each_table(NormTable({true}), num_tensors, numel, fill, start);
 }
 
 }  // namespace
@@ -95,9 +110,9 @@ Status norm_partials_cuda(const NormPartialsParams& p, Stream stream) {
     double* partials = p.partials;
     return for_each_norm_table(p.tensors, p.num_tensors, [&](const NormTable& table) {
       const Status status =
-          launch(norm_partials_kernel<T>, dim3(table.num_chunks()), dim3(kOptimThreads),
+          launch(norm_partials_kernel<T>, dim3(table.total_chunks()), dim3(kOptimThreads),
                  kOptimThreads / kWarpSize * sizeof(double), stream, table, partials);
-      partials += table.num_chunks();
+      partials += table.total_chunks();
       return status;
     });
   });
@@ -112,8 +127,8 @@ Status clip_cuda(const ClipParams& p, Stream stream) {
   return visit_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     return for_each_norm_table(p.tensors, p.num_tensors, [&](const NormTable& table) {
-      return launch(clip_kernel<T>, dim3(table.num_chunks()), dim3(kOptimThreads), 0, stream, table,
-                    p.norm, p.max_norm);
+      return launch(clip_kernel<T>, dim3(table.total_chunks()), dim3(kOptimThreads), 0, stream,
+                    table, p.norm, p.max_norm);
     });
   });
 }

@@ -97,130 +97,228 @@ const char* for_each_gradient(const py::list& params, const Visit& visit) {
   return nullptr;
 }
 
+// What a group's step finds in the state of each parameter.
+struct StateNames {
+  std::vector<PyObject*> states, scales;  // interned
+  bool has_step;
+  // A state that may be missing or None, and then begins: the momentum buffer.
+  bool may_begin;
+};
+
+inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// The arguments that every rule has, under Python's names; see StepOptions.
+struct CommonArguments {
+  StepOptions options;
+  PyObject* master_name = nullptr;  // "master", "remainder" or none
+  bool has_ema = false;
+
+  CommonArguments(bool maximize, bool capturable, const std::optional<at::Tensor>& grad_scale,
+                  const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
+                  std::optional<double> max_norm, bool skip_nonfinite, bool zero_grad,
+                  std::optional<double> ema_decay, const std::optional<at::Tensor>& rng,
+                  const std::optional<std::string>& master) {
+    options.maximize = maximize;
+    options.capturable = capturable;
+    options.grad_scale = grad_scale;
+    options.found_inf = found_inf;
+    options.norm = norm;
+    options.max_norm = max_norm;
+    options.skip_nonfinite = skip_nonfinite;
+    options.zero_grad = zero_grad;
+    options.ema_decay = ema_decay.value_or(0.0);
+    options.rng = rng;
+    has_ema = ema_decay.has_value();
+    if (master) master_name = interned(master->c_str());
+  }
+};
+
 using Outcome = std::optional<std::string>;
+
+// A group's tensors, and whether every parameter with a gradient has its state.
+struct Gathered {
+  StepTensors tensors;
+  bool initialised = true;
+  const char* refusal = nullptr;
+
+  Gathered(const py::list& params, const py::dict& state, const StateNames& names,
+           const CommonArguments& common) {
+    reserve(params.size(), names, common);
+    StateWalker walker(state);
+    refusal = for_each_gradient(
+        params, [&](PyObject* object, const at::Tensor& param, const at::Tensor& grad) {
+          tensors.params.push_back(param);
+          tensors.grads.push_back(grad);
+          return gather_state(walker.find(object), param, names, common);
+        });
+  }
+
+ private:
+  void reserve(size_t count, const StateNames& names, const CommonArguments& common) {
+    tensors.params.reserve(count);
+    tensors.grads.reserve(count);
+    for (size_t k = 0; k < names.states.size(); ++k) tensors.states[k].reserve(count);
+    if (names.has_step) tensors.steps.reserve(count);
+    if (common.master_name) tensors.masters.reserve(count);
+    if (common.has_ema) tensors.emas.reserve(count);
+  }
+
+  const char* gather_state(PyObject* entry, const at::Tensor& param, const StateNames& names,
+                           const CommonArguments& common) {
+    static PyObject* const step_name = interned("step");
+    static PyObject* const ema_name = interned("ema");
+    const bool has_master = common.master_name != nullptr && param.element_size() == 2;
+    const bool needs_nothing =
+        names.states.empty() && !names.has_step && !has_master && !common.has_ema;
+    if (needs_nothing) {
+      if (common.master_name) tensors.masters.emplace_back();
+      return nullptr;
+    }
+    if (entry == nullptr || PyDict_GET_SIZE(entry) == 0 || begins(entry, names)) {
+      initialised = false;
+      return nullptr;
+    }
+    for (size_t k = 0; k < names.states.size(); ++k) {
+      const at::Tensor& tensor =
+          tensors.states[k].emplace_back(state_tensor(entry, names.states[k]));
+      if (const char* reason =
+              tensor.scalar_type() == at::kChar || tensor.scalar_type() == at::kByte
+                  ? gather_scale(entry, names, k)
+                  : fused::optim_bindings::refusal(tensor)) {
+        return reason;
+      }
+    }
+    if (names.has_step) tensors.steps.push_back(state_tensor(entry, step_name));
+    if (common.master_name) {
+      tensors.masters.push_back(has_master ? state_tensor(entry, common.master_name)
+                                           : at::Tensor());
+    }
+    if (common.has_ema) tensors.emas.push_back(state_tensor(entry, ema_name));
+    return nullptr;
+  }
+
+  static bool begins(PyObject* entry, const StateNames& names) {
+    if (!names.may_begin || names.states.empty()) return false;
+    PyObject* value = PyDict_GetItemWithError(entry, names.states[0]);
+    return value == nullptr || value == Py_None;
+  }
+
+  // Lists of scales have an entry for every parameter once one has a scale.
+  const char* gather_scale(PyObject* entry, const StateNames& names, size_t k) {
+    tensors.scales[k].resize(tensors.states[k].size() - 1);
+    tensors.scales[k].push_back(state_tensor(entry, names.scales[k]));
+    return nullptr;
+  }
+};
+
+// The gradients are checked before the caller makes states for them.
+inline Outcome uninitialised(const char* op, const StepTensors& tensors) {
+  check_gradients(op, tensors.params, tensors.grads);
+  return "uninitialised";
+}
+
+inline void complete_scales(StepTensors& tensors) {
+  for (auto& scales : tensors.scales) {
+    if (!scales.empty()) scales.resize(tensors.params.size());
+  }
+}
 
 // One step of a group, or a check that it would succeed. Returns None when that is done, else why
 // it was not, with nothing changed: "uninitialised" where a parameter has no state yet, or what
 // keeps the kernels from these tensors.
 inline Outcome adam_group(const py::list& params, const py::dict& state, const py::handle& lr,
                           const py::handle& beta1, const py::handle& beta2, double weight_decay,
-                          double eps, bool amsgrad, bool maximize, bool decoupled_weight_decay,
+                          double eps, bool amsgrad, bool decoupled_weight_decay, bool maximize,
                           bool capturable, const std::optional<at::Tensor>& grad_scale,
-                          const std::optional<at::Tensor>& found_inf, bool check_only) {
-  static PyObject* const step_name = PyUnicode_InternFromString("step");
-  static PyObject* const exp_avg_name = PyUnicode_InternFromString("exp_avg");
-  static PyObject* const exp_avg_sq_name = PyUnicode_InternFromString("exp_avg_sq");
-  static PyObject* const max_exp_avg_sq_name = PyUnicode_InternFromString("max_exp_avg_sq");
+                          const std::optional<at::Tensor>& found_inf,
+                          const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
+                          bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
+                          const std::optional<at::Tensor>& rng,
+                          const std::optional<std::string>& master, bool check_only) {
+  static const StateNames without_max{{interned("exp_avg"), interned("exp_avg_sq")},
+                                      {interned("exp_avg_scale"), interned("exp_avg_sq_scale")},
+                                      /*has_step=*/true,
+                                      /*may_begin=*/false};
+  static const StateNames with_max = [] {
+    StateNames names = without_max;
+    names.states.push_back(interned("max_exp_avg_sq"));
+    names.scales.push_back(interned("max_exp_avg_sq_scale"));
+    return names;
+  }();
+  const CommonArguments common(maximize, capturable, grad_scale, found_inf, norm, max_norm,
+                               skip_nonfinite, zero_grad, ema_decay, rng, master);
   const Number lr_number(lr), beta1_number(beta1), beta2_number(beta2);
-  std::vector<at::Tensor> with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps;
-  for (auto* list : {&with_grad, &grads, &exp_avgs, &exp_avg_sqs, &steps}) {
-    list->reserve(params.size());
-  }
-  StateWalker walker(state);
-  bool initialised = true;
-  const auto visit = [&](PyObject* object, const at::Tensor& param,
-                         const at::Tensor& grad) -> const char* {
-    with_grad.push_back(param);
-    grads.push_back(grad);
-    PyObject* entry = walker.find(object);
-    if (entry == nullptr || PyDict_GET_SIZE(entry) == 0) {
-      initialised = false;
-      return nullptr;
-    }
-    exp_avgs.push_back(state_tensor(entry, exp_avg_name));
-    exp_avg_sqs.push_back(state_tensor(entry, exp_avg_sq_name));
-    steps.push_back(state_tensor(entry, step_name));
-    if (amsgrad) max_exp_avg_sqs.push_back(state_tensor(entry, max_exp_avg_sq_name));
-    const char* reason = refusal(exp_avgs.back());
-    if (!reason) reason = refusal(exp_avg_sqs.back());
-    if (!reason && amsgrad) reason = refusal(max_exp_avg_sqs.back());
-    return reason;
-  };
-  if (const char* reason = for_each_gradient(params, visit)) return reason;
-  if (!initialised) {
-    // The gradients are checked before the caller makes state for them.
-    check_gradients("adam", with_grad, grads);
-    return "uninitialised";
-  }
-  const AdamOptions options{lr_number.value,
+  Gathered group(params, state, amsgrad ? with_max : without_max, common);
+  if (group.refusal) return group.refusal;
+  if (!group.initialised) return uninitialised("adam", group.tensors);
+  complete_scales(group.tensors);
+  const AdamOptions options{common.options,
+                            lr_number.value,
                             beta1_number.value,
                             beta2_number.value,
                             weight_decay,
                             eps,
                             amsgrad,
-                            maximize,
                             decoupled_weight_decay,
-                            capturable,
                             lr_number.tensor,
                             beta1_number.tensor,
-                            beta2_number.tensor,
-                            grad_scale,
-                            found_inf};
+                            beta2_number.tensor};
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::adam_", c10::ArrayRef<const c10::IValue>{});
-  adam_step(with_grad, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, options, check_only);
+  adam_step(group.tensors, options, check_only);
   return std::nullopt;
 }
 
-// "uninitialised" where a parameter has no momentum buffer yet: then the caller makes them, and
-// says by sgd_lists which are new.
+// `first_step`: the momentum buffers are there and hold nothing yet.
 inline Outcome sgd_group(const py::list& params, const py::dict& state, const py::handle& lr,
                          double weight_decay, double momentum, double dampening, bool nesterov,
-                         bool maximize, bool capturable,
+                         bool first_step, bool maximize, bool capturable,
                          const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf, bool check_only) {
-  static PyObject* const buffer_name = PyUnicode_InternFromString("momentum_buffer");
+                         const std::optional<at::Tensor>& found_inf,
+                         const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
+                         bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
+                         const std::optional<at::Tensor>& rng,
+                         const std::optional<std::string>& master, bool check_only) {
+  static const StateNames without_momentum{{}, {}, /*has_step=*/false, /*may_begin=*/false};
+  static const StateNames with_momentum{{interned("momentum_buffer")},
+                                        {interned("momentum_buffer_scale")},
+                                        /*has_step=*/false,
+                                        /*may_begin=*/true};
+  const CommonArguments common(maximize, capturable, grad_scale, found_inf, norm, max_norm,
+                               skip_nonfinite, zero_grad, ema_decay, rng, master);
   const Number lr_number(lr);
-  StateWalker walker(state);
-  std::vector<at::Tensor> with_grad, grads, begun, begun_grads, buffers;
-  const auto visit = [&](PyObject* object, const at::Tensor& param,
-                         const at::Tensor& grad) -> const char* {
-    with_grad.push_back(param);
-    grads.push_back(grad);
-    PyObject* entry = momentum != 0 ? walker.find(object) : nullptr;
-    PyObject* buffer = entry ? PyDict_GetItemWithError(entry, buffer_name) : nullptr;
-    if (buffer == nullptr || buffer == Py_None) return nullptr;
-    begun.push_back(param);
-    begun_grads.push_back(grad);
-    buffers.push_back(state_tensor(entry, buffer_name));
-    return refusal(buffers.back());
-  };
-  if (const char* reason = for_each_gradient(params, visit)) return reason;
-  const SgdOptions options{
-      lr_number.value,      weight_decay, momentum,         dampening,  nesterov, maximize,
-      /*first_step=*/false, capturable,   lr_number.tensor, grad_scale, found_inf};
+  Gathered group(params, state, momentum != 0 ? with_momentum : without_momentum, common);
+  if (group.refusal) return group.refusal;
+  if (!group.initialised) return uninitialised("sgd", group.tensors);
+  complete_scales(group.tensors);
+  const SgdOptions options{common.options, lr_number.value, weight_decay, momentum,
+                           dampening,      nesterov,        first_step,   lr_number.tensor};
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
-  if (momentum != 0 && begun.size() < with_grad.size()) {
-    check_gradients("sgd", with_grad, grads);
-    sgd_step(begun, begun_grads, buffers, options, /*check_only=*/true);
-    return "uninitialised";
-  }
-  sgd_step(with_grad, grads, buffers, options, check_only);
+  sgd_step(group.tensors, options, check_only);
   return std::nullopt;
 }
 
 using Tensors = std::vector<at::Tensor>;
-
-inline void sgd_lists(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-                      const py::handle& lr, double weight_decay, double momentum, double dampening,
-                      bool nesterov, bool maximize, bool first_step, bool capturable,
-                      const std::optional<at::Tensor>& grad_scale,
-                      const std::optional<at::Tensor>& found_inf) {
-  const Number lr_number(lr);
-  const SgdOptions options{lr_number.value,  weight_decay, momentum,   dampening,
-                           nesterov,         maximize,     first_step, capturable,
-                           lr_number.tensor, grad_scale,   found_inf};
-  const py::gil_scoped_release no_gil;
-  RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
-  sgd_step(params, grads, momentum_buffers, options, /*check_only=*/false);
-}
 
 inline at::Tensor bound_total_norm(const Tensors& tensors,
                                    const std::optional<at::Tensor>& grad_scale) {
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::total_norm", c10::ArrayRef<const c10::IValue>{});
   return total_norm(tensors, grad_scale);
+}
+
+// The norm of the gradients of all parameters in `groups`, a list of lists.
+inline at::Tensor gradient_norm(const py::list& groups,
+                                const std::optional<at::Tensor>& grad_scale) {
+  Tensors grads;
+  for (const py::handle& group : groups) {
+    for (const py::handle& object : py::reinterpret_borrow<py::list>(group)) {
+      const at::Tensor& grad = THPVariable_Unpack(object.ptr()).grad();
+      if (grad.defined()) grads.push_back(grad);
+    }
+  }
+  return bound_total_norm(grads, grad_scale);
 }
 
 inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, double max_norm) {
@@ -232,18 +330,18 @@ inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, d
 inline void bind(py::module_& module) {
   using py::arg;
   module.def("total_norm", &bound_total_norm, arg("tensors"), arg("grad_scale") = py::none());
+  module.def("gradient_norm", &gradient_norm, arg("groups"), arg("grad_scale"));
   module.def("clip_by_norm_", &bound_clip_by_norm, arg("tensors"), arg("norm"), arg("max_norm"));
   module.def("adam_group", &adam_group, arg("params"), arg("state"), arg("lr"), arg("beta1"),
-             arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"), arg("maximize"),
-             arg("decoupled_weight_decay"), arg("capturable"), arg("grad_scale"), arg("found_inf"),
-             arg("check_only"));
+             arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"),
+             arg("decoupled_weight_decay"), arg("maximize"), arg("capturable"), arg("grad_scale"),
+             arg("found_inf"), arg("norm"), arg("max_norm"), arg("skip_nonfinite"),
+             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"));
   module.def("sgd_group", &sgd_group, arg("params"), arg("state"), arg("lr"), arg("weight_decay"),
-             arg("momentum"), arg("dampening"), arg("nesterov"), arg("maximize"), arg("capturable"),
-             arg("grad_scale"), arg("found_inf"), arg("check_only"));
-  module.def("sgd_lists", &sgd_lists, arg("params"), arg("grads"), arg("momentum_buffers"),
-             arg("lr"), arg("weight_decay"), arg("momentum"), arg("dampening"), arg("nesterov"),
-             arg("maximize"), arg("first_step"), arg("capturable"), arg("grad_scale"),
-             arg("found_inf"));
+             arg("momentum"), arg("dampening"), arg("nesterov"), arg("first_step"), arg("maximize"),
+             arg("capturable"), arg("grad_scale"), arg("found_inf"), arg("norm"), arg("max_norm"),
+             arg("skip_nonfinite"), arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"),
+             arg("check_only"));
 }
 
 }  // namespace fused::optim_bindings

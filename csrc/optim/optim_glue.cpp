@@ -1,11 +1,11 @@
 #include "optim/optim_glue.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <c10/util/irange.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
-
-#include "optim/optim_ops.h"
 
 namespace fused {
 
@@ -21,78 +21,146 @@ OptimScalar ScalarReader::operator()(double value, const std::optional<at::Tenso
   return {0.0, keep_.back().const_data_ptr(), is_double};
 }
 
-const float* ScalarReader::float_pointer(const std::optional<at::Tensor>& maybe_tensor) {
-  if (!maybe_tensor) return nullptr;
-  keep_.push_back(maybe_tensor->detach().to(device_, at::kFloat, /*non_blocking=*/true));
-  return keep_.back().const_data_ptr<float>();
+StepTensors StepTensors::at(size_t i) const {
+  const auto one = [i](const TensorVector& list) {
+    return list.empty() ? TensorVector{} : TensorVector{list[i]};
+  };
+  StepTensors result;
+  result.params = one(params);
+  result.grads = one(grads);
+  for (const auto k : c10::irange(kMaxStates)) {
+    result.states[k] = one(states[k]);
+    result.scales[k] = one(scales[k]);
+  }
+  result.masters = one(masters);
+  result.emas = one(emas);
+  result.steps = one(steps);
+  return result;
 }
 
-OptimGradients ScalarReader::gradients(const std::optional<at::Tensor>& grad_scale,
-                                       const std::optional<at::Tensor>& found_inf, bool maximize) {
-  return {float_pointer(grad_scale), float_pointer(found_inf), maximize};
+StepTensors listed_tensors(const char* op, at::TensorList params, at::TensorList grads,
+                           std::initializer_list<at::TensorList> states, at::TensorList scales,
+                           at::TensorList masters, at::TensorList emas, at::TensorList steps) {
+  StepTensors tensors;
+  tensors.params = params.vec();
+  tensors.grads = grads.vec();
+  size_t k = 0, offset = 0;
+  for (const at::TensorList list : states) {
+    tensors.states[k] = list.vec();
+    if (!scales.empty() && !list.empty()) {
+      FUSED_CHECK_VALUE(offset + list.size() <= scales.size(), op,
+                        ": scales must have an entry for each state, got ", scales.size());
+      tensors.scales[k] = scales.slice(offset, list.size()).vec();
+      offset += list.size();
+    }
+    ++k;
+  }
+  tensors.masters = masters.vec();
+  tensors.emas = emas.vec();
+  tensors.steps = steps.vec();
+  return tensors;
 }
 
-void check_length(const char* op, const char* argument, at::TensorList list, size_t length) {
-  FUSED_CHECK_VALUE(list.size() == length, op, ": ", argument, " must have the length of params (",
-                    length, "), got ", list.size());
+namespace {
+
+StateType state_type_of(const at::Tensor& state, const at::Tensor& param) {
+  if (state.scalar_type() == param.scalar_type()) return StateType::kAsParam;
+  if (state.scalar_type() == at::kFloat) return StateType::kFloat32;
+  return state.scalar_type() == at::kBFloat16 ? StateType::kBFloat16 : StateType::kInt8;
 }
 
-void check_scalar(const char* op, const char* argument, const std::optional<at::Tensor>& tensor) {
-  FUSED_CHECK_VALUE(!tensor || tensor->numel() == 1, op, ": ", argument,
-                    " must have one element, got shape ", tensor->sizes());
+const at::Tensor* maybe_at(const TensorVector& list, size_t i) {
+  return list.empty() || !list[i].defined() ? nullptr : &list[i];
 }
 
-void check_step(const char* op, const at::Tensor& step, const at::Tensor& param, bool capturable) {
-  FUSED_CHECK_VALUE(step.numel() == 1, op, ": step must have one element, got shape ",
-                    step.sizes());
-  FUSED_CHECK_TYPE(step.scalar_type() == at::kFloat || step.scalar_type() == at::kDouble, op,
-                   ": step must be float32 or float64, got ", step.scalar_type());
-#if !defined(FUSED_EMULATED)
-  FUSED_CHECK_VALUE(!capturable || param.is_cuda(), op,
-                    ": capturable must be False for parameters off the GPU, got parameters on ",
-                    param.device());
-#endif
-  FUSED_CHECK_VALUE(step.device() == param.device() || (step.is_cpu() && !capturable), op,
-                    ": step must be on the device of params (", param.device(), ")",
-                    capturable ? "" : " or on the CPU", ", got ", step.device());
+}  // namespace
+
+std::vector<LaunchBatch> make_batches(FlatTensors& flat, const StepTensors& tensors,
+                                      const StepOptions& options) {
+  std::vector<LaunchBatch> batches;
+  for (const auto i : c10::irange(tensors.params.size())) {
+    const at::Tensor& param = tensors.params[i];
+    OptimTensor t{};
+    t.param = flat.param(param);
+    t.grad = flat.operand(tensors.grads[i], options.grad_scale.has_value() || options.zero_grad);
+    StateType state_type = StateType::kAsParam;
+    for (const auto k : c10::irange(kMaxStates)) {
+      const at::Tensor* state = maybe_at(tensors.states[k], i);
+      if (state == nullptr) break;
+      state_type = state_type_of(*state, param);
+      t.states[k] = flat.operand(*state, /*written=*/true);
+      if (state_type == StateType::kInt8) {
+        t.state_scales[k] = static_cast<float*>(flat.whole(tensors.scales[k][i]));
+      }
+    }
+    MasterType master = MasterType::kNone;
+    if (const at::Tensor* tensor = maybe_at(tensors.masters, i)) {
+      master = tensor->scalar_type() == at::kShort ? MasterType::kRemainder : MasterType::kFloat32;
+      t.maybe_master = flat.operand(*tensor, /*written=*/true);
+    }
+    if (const at::Tensor* tensor = maybe_at(tensors.emas, i)) {
+      t.maybe_ema = flat.operand(*tensor, /*written=*/true);
+    }
+    if (const at::Tensor* step = maybe_at(tensors.steps, i)) {
+      t.maybe_step = flat.whole(*step);
+      t.step_is_double = step->scalar_type() == at::kDouble;
+      t.step_on_device = lives_on_device(*step, options.capturable);
+    }
+    t.numel = param.numel();
+    t.index = static_cast<int64_t>(i);
+    const bool has_ema = t.maybe_ema != nullptr;
+    const auto fits = [&](const LaunchBatch& batch) {
+      return batch.example.scalar_type() == param.scalar_type() &&
+             batch.example.device() == param.device() && batch.state_type == state_type &&
+             batch.master == master && batch.has_ema == has_ema;
+    };
+    // From the end: the next tensor mostly goes where the last one went.
+    const auto found = std::find_if(batches.rbegin(), batches.rend(), fits);
+    if (found == batches.rend()) {
+      batches.push_back({param, {t}, state_type, master, has_ema});
+      batches.back().tensors.reserve(tensors.params.size());
+    } else {
+      found->tensors.push_back(t);
+    }
+  }
+  return batches;
 }
 
-void check_operand(const char* op, const char* argument, const at::Tensor& tensor,
-                   const at::Tensor& param) {
-  FUSED_CHECK_VALUE(tensor.layout() == at::kStrided, op, ": ", argument,
-                    " must be a dense tensor, got ", tensor.layout());
-  check_same_dtype(op, argument, tensor, "its parameter", param);
-  check_same_device(op, argument, tensor, "its parameter", param);
-  check_shape(op, argument, tensor, param.sizes());
+OptimCommon LaunchBatch::common(const char* op, const StepOptions& options,
+                                ScalarReader& read) const {
+  OptimCommon c{};
+  c.tensors = tensors.data();
+  c.num_tensors = static_cast<int64_t>(tensors.size());
+  c.maybe_grad_scale = read.pointer<float>(options.grad_scale);
+  c.maybe_found_inf = read.pointer<float>(options.found_inf);
+  c.maybe_norm = read.pointer<double>(options.norm);
+  c.max_norm = options.max_norm.value_or(std::numeric_limits<double>::infinity());
+  c.ema_decay = options.ema_decay;
+  // Parameters that are not rounded need no chance.
+  const bool rounds = example.element_size() == 2 && master == MasterType::kNone;
+  c.maybe_rng = rounds ? read.pointer<int64_t>(options.rng) : nullptr;
+  c.dtype = dtype_of(op, "params", example);
+  c.state_type = state_type;
+  c.master = master;
+  c.maximize = options.maximize;
+  c.zero_grad = options.zero_grad;
+  c.skip_nonfinite = options.skip_nonfinite;
+  return c;
 }
 
-void check_param(const char* op, const at::Tensor& param, const at::Tensor& grad) {
-  FUSED_CHECK_VALUE(param.layout() == at::kStrided, op, ": params must be dense tensors, got ",
-                    param.layout());
-  dtype_of(op, "params", param);
-  check_device(op, "params", param);
-  check_writable(op, "params", param);
-  check_operand(op, "grad", grad, param);
+void clear_gradients(const TensorVector& grads) {
+  for (const at::Tensor& grad : grads) grad.detach().zero_();
 }
 
-void check_writable(const char* op, const char* argument, const at::Tensor& tensor) {
-  FUSED_CHECK_VALUE(at::has_internal_overlap(tensor) != at::MemOverlap::Yes, op, ": ", argument,
-                    " must not hold one memory location twice, got strides ", tensor.strides());
-}
-
-void check_gradients(const char* op, at::TensorList params, at::TensorList grads) {
-  for (size_t i = 0; i < params.size(); ++i) check_param(op, params[i], grads[i]);
-}
-
-bool share_memory(at::TensorList params) {
+bool share_memory(at::TensorList tensors) {
   std::vector<std::pair<const char*, const char*>> spans;
-  spans.reserve(params.size());
-  for (const at::Tensor& param : params) {
-    if (param.numel() == 0) continue;
+  spans.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) {
+    if (tensor.numel() == 0) continue;
     int64_t last = 0;
-    for (int64_t d = 0; d < param.dim(); ++d) last += (param.size(d) - 1) * param.stride(d);
-    const char* begin = static_cast<const char*>(param.const_data_ptr());
-    spans.emplace_back(begin, begin + (last + 1) * param.element_size());
+    for (int64_t d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+    const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+    spans.emplace_back(begin, begin + (last + 1) * tensor.element_size());
   }
   if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
   for (size_t i = 1; i < spans.size(); ++i) {

@@ -4,7 +4,10 @@
 #include <cmath>
 
 #include "common/dtype.h"
+#include "optim/norm.h"
 #include "optim/optim.h"
+#include "optim/quantize.h"
+#include "optim/rounding.h"
 
 namespace fused {
 
@@ -26,8 +29,15 @@ FUSED_HOST_DEVICE void write_step(void* step, bool is_double, double value) {
   }
 }
 
-FUSED_HOST_DEVICE bool step_is_skipped(const OptimGradients& gradients) {
-  return gradients.maybe_found_inf != nullptr && *gradients.maybe_found_inf != 0.0f;
+FUSED_HOST_DEVICE bool step_is_skipped(const OptimCommon& c) {
+  if (c.maybe_found_inf != nullptr && *c.maybe_found_inf != 0.0f) return true;
+  return c.skip_nonfinite && c.maybe_norm != nullptr && !(fabs(*c.maybe_norm) <= 1.7e308);
+}
+
+// What a gradient is multiplied by, after its division by the gradient scale.
+FUSED_HOST_DEVICE double grad_factor(const OptimCommon& c) {
+  const double clip = c.maybe_norm != nullptr ? clip_coefficient(*c.maybe_norm, c.max_norm) : 1.0;
+  return c.maximize ? -clip : clip;
 }
 
 FUSED_HOST_DEVICE float optim_sqrt(float x) { return sqrtf(x); }
@@ -42,8 +52,7 @@ struct AdamScales {
   A eps;
   A param_decay;  // multiplies the parameter: 1 - lr * weight_decay, or 1
   A grad_decay;   // of the parameter, added to the gradient
-  A grad_scale;
-  A grad_sign;  // -1 to maximize
+  A grad_factor;
 };
 
 template <typename A>
@@ -60,9 +69,7 @@ FUSED_HOST_DEVICE AdamScales<A> adam_scales(const AdamParams& p, double step) {
   s.eps = static_cast<A>(p.eps);
   s.param_decay = static_cast<A>(p.decoupled_weight_decay ? 1.0 - lr * p.weight_decay : 1.0);
   s.grad_decay = static_cast<A>(p.decoupled_weight_decay ? 0.0 : p.weight_decay);
-  s.grad_scale =
-      p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
-  s.grad_sign = p.gradients.maximize ? A(-1) : A(1);
+  s.grad_factor = static_cast<A>(grad_factor(p.common));
   return s;
 }
 
@@ -70,7 +77,7 @@ FUSED_HOST_DEVICE AdamScales<A> adam_scales(const AdamParams& p, double step) {
 template <bool kAmsgrad, typename A>
 FUSED_HOST_DEVICE void adam_element(const AdamScales<A>& s, A grad, A& param, A& exp_avg,
                                     A& exp_avg_sq, A& max_exp_avg_sq) {
-  A g = s.grad_sign * grad;
+  A g = s.grad_factor * grad;
   // A select, not a sum with zero: 0 * inf would turn an infinite parameter's gradient into NaN.
   g = s.grad_decay != A(0) ? g + s.grad_decay * param : g;
   exp_avg = s.beta1 * exp_avg + s.one_minus_beta1 * g;
@@ -88,7 +95,7 @@ FUSED_HOST_DEVICE void adam_element(const AdamScales<A>& s, A grad, A& param, A&
 
 template <typename A>
 struct SgdScales {
-  A lr, weight_decay, momentum, one_minus_dampening, grad_scale, grad_sign;
+  A lr, weight_decay, momentum, one_minus_dampening, grad_factor;
   bool nesterov, first_step;
 };
 
@@ -99,9 +106,7 @@ FUSED_HOST_DEVICE SgdScales<A> sgd_scales(const SgdParams& p) {
   s.weight_decay = static_cast<A>(p.weight_decay);
   s.momentum = static_cast<A>(p.momentum);
   s.one_minus_dampening = static_cast<A>(1.0 - p.dampening);
-  s.grad_scale =
-      p.gradients.maybe_grad_scale ? static_cast<A>(*p.gradients.maybe_grad_scale) : A(1);
-  s.grad_sign = p.gradients.maximize ? A(-1) : A(1);
+  s.grad_factor = static_cast<A>(grad_factor(p.common));
   s.nesterov = p.nesterov;
   s.first_step = p.first_step;
   return s;
@@ -109,7 +114,7 @@ FUSED_HOST_DEVICE SgdScales<A> sgd_scales(const SgdParams& p) {
 
 template <bool kMomentum, typename A>
 FUSED_HOST_DEVICE void sgd_element(const SgdScales<A>& s, A grad, A& param, A& momentum_buffer) {
-  A g = s.grad_sign * grad;
+  A g = s.grad_factor * grad;
   g = s.weight_decay != A(0) ? g + s.weight_decay * param : g;
   if (kMomentum) {
     // What an unset buffer holds is read and dropped: it may be NaN, so it is not multiplied away.
@@ -118,6 +123,65 @@ FUSED_HOST_DEVICE void sgd_element(const SgdScales<A>& s, A grad, A& param, A& m
     g = s.nesterov ? g + s.momentum * momentum_buffer : momentum_buffer;
   }
   param -= s.lr * g;
+}
+
+// What a kernel asks of a rule, with one shape for all: up to three states, of which the last is an
+// option (kAll), and what is the same for every element worked out once per tensor.
+struct AdamRule {
+  using Params = AdamParams;
+  template <typename A>
+  using Scales = AdamScales<A>;
+  static constexpr int kNumStates = 3;
+  template <int state>
+  static constexpr bool kUnsigned = state > 0;
+  static FUSED_HOST_DEVICE bool has_all(const AdamParams& p) { return p.amsgrad; }
+  template <typename A>
+  static FUSED_HOST_DEVICE AdamScales<A> scales(const AdamParams& p, double step) {
+    return adam_scales<A>(p, step);
+  }
+  template <bool kAll, typename A>
+  static FUSED_HOST_DEVICE void element(const AdamScales<A>& s, A grad, A& param, A& exp_avg,
+                                        A& exp_avg_sq, A& max_exp_avg_sq) {
+    adam_element<kAll>(s, grad, param, exp_avg, exp_avg_sq, max_exp_avg_sq);
+  }
+};
+
+struct SgdRule {
+  using Params = SgdParams;
+  template <typename A>
+  using Scales = SgdScales<A>;
+  static constexpr int kNumStates = 1;
+  template <int>
+  static constexpr bool kUnsigned = false;
+  static FUSED_HOST_DEVICE bool has_all(const SgdParams& p) { return p.momentum != 0; }
+  template <typename A>
+  static FUSED_HOST_DEVICE SgdScales<A> scales(const SgdParams& p, double) {
+    return sgd_scales<A>(p);
+  }
+  template <bool kAll, typename A>
+  static FUSED_HOST_DEVICE void element(const SgdScales<A>& s, A grad, A& param, A& momentum_buffer,
+                                        A&, A&) {
+    sgd_element<kAll>(s, grad, param, momentum_buffer);
+  }
+};
+
+// Calls visitor(T{}, S{}) with the types in which parameters and states are stored; uint8_t stands
+// for the codes of int8 states.
+template <typename Visitor>
+auto visit_types(const OptimCommon& c, Visitor&& visitor) {
+  return visit_dtype(c.dtype, [&](auto type) {
+    switch (c.state_type) {
+      case StateType::kFloat32:
+        return visitor(type, float{});
+      case StateType::kBFloat16:
+        return visitor(type, BFloat16{});
+      case StateType::kInt8:
+        return visitor(type, uint8_t{});
+      case StateType::kAsParam:
+        break;
+    }
+    return visitor(type, type);
+  });
 }
 
 }  // namespace fused

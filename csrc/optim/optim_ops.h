@@ -3,39 +3,66 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <optional>
+#include <vector>
 
 #include "common/status.h"
+#include "optim/optim.h"
 
 namespace fused {
 
-// What Adam's step reads besides the tensors. A tensor_* that is set takes the number's place.
-struct AdamOptions {
-  double lr, beta1, beta2, weight_decay, eps;
-  bool amsgrad, maximize, decoupled_weight_decay;
+using TensorVector = std::vector<at::Tensor>;
+
+// The tensors of one step: entry i of each list belongs to parameter i. A list that the step has no
+// use for is empty; an undefined tensor stands for a parameter that has none.
+struct StepTensors {
+  TensorVector params, grads;
+  std::array<TensorVector, kMaxStates> states;  // in the parameter's dtype, float32, bfloat16, int8
+  std::array<TensorVector, kMaxStates> scales;  // of int8 states: float32, one for 256 elements
+  TensorVector masters;                         // float32, or int16 remainders
+  TensorVector emas;                            // float32; float64 beside float64
+  TensorVector steps;                           // one float32 or float64
+
+  // Those of parameter i alone.
+  StepTensors at(size_t i) const;
+};
+
+// What every step reads besides.
+struct StepOptions {
+  bool maximize = false;
   // Steps and tensor hyperparameters live on the parameters' device and are read there.
-  bool capturable;
-  std::optional<at::Tensor> tensor_lr, tensor_beta1, tensor_beta2, grad_scale, found_inf;
+  bool capturable = false;
+  std::optional<at::Tensor> grad_scale, found_inf;  // torch.amp.GradScaler's
+  std::optional<at::Tensor> norm;                   // of the gradients, after unscaling
+  std::optional<double> max_norm;                   // clips by `norm`
+  bool skip_nonfinite = false;                      // changes nothing where `norm` is not finite
+  bool zero_grad = false;
+  double ema_decay = 0;
+  std::optional<at::Tensor> rng;  // stochastic rounding: int64 [seed, offset]
+};
+
+// A tensor_* that is set takes the number's place.
+struct AdamOptions {
+  StepOptions common;
+  double lr, beta1, beta2, weight_decay, eps;
+  bool amsgrad, decoupled_weight_decay;
+  std::optional<at::Tensor> tensor_lr, tensor_beta1, tensor_beta2;
 };
 
 struct SgdOptions {
+  StepOptions common;
   double lr, weight_decay, momentum, dampening;
-  bool nesterov, maximize;
+  bool nesterov;
   bool first_step;  // the momentum buffers hold nothing yet
-  bool capturable;  // a tensor learning rate lives on the parameters' device and is read there
-  std::optional<at::Tensor> tensor_lr, grad_scale, found_inf;
+  std::optional<at::Tensor> tensor_lr;
 };
 
 // One step over any number of tensors, of any of the four dtypes and of several devices, in place.
-// max_exp_avg_sqs is empty without amsgrad, momentum_buffers without momentum. Everything is
-// checked and every temporary allocated before anything is written: a call that throws has changed
-// nothing. `check_only` stops there.
-FUSED_API void adam_step(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                         at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
-                         at::TensorList steps, const AdamOptions& options, bool check_only);
-FUSED_API void sgd_step(at::TensorList params, at::TensorList grads,
-                        at::TensorList momentum_buffers, const SgdOptions& options,
-                        bool check_only);
+// Everything is checked and every temporary allocated before anything is written: a call that
+// throws has changed nothing. `check_only` stops there.
+FUSED_API void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only);
+FUSED_API void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only);
 
 // Throws unless the kernels of `op` can update each parameter by its gradient.
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);
@@ -50,19 +77,26 @@ FUSED_API at::Tensor total_norm(at::TensorList tensors,
 // torch.nn.utils.clip_grad_norm_ does, without a visit of `norm` to the host.
 FUSED_API void clip_by_norm_(at::TensorList tensors, const at::Tensor& norm, double max_norm);
 
-// The same as torch.library binds them, with plain arguments.
+// The same as torch.library binds them, with plain arguments. `scales` has those of the first
+// states of all parameters, then those of the second and so on.
 FUSED_API void adam_op(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-    at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps, double lr,
-    double beta1, double beta2, double weight_decay, double eps, bool amsgrad, bool maximize,
-    bool decoupled_weight_decay, bool capturable, const std::optional<at::Tensor>& tensor_lr,
+    at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps,
+    at::TensorList scales, at::TensorList masters, at::TensorList emas, double lr, double beta1,
+    double beta2, double weight_decay, double eps, bool amsgrad, bool decoupled_weight_decay,
     const std::optional<at::Tensor>& tensor_beta1, const std::optional<at::Tensor>& tensor_beta2,
-    const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf);
+    const std::optional<at::Tensor>& tensor_lr, bool maximize, bool capturable,
+    const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+    const std::optional<at::Tensor>& norm, std::optional<double> max_norm, bool skip_nonfinite,
+    bool zero_grad, double ema_decay, const std::optional<at::Tensor>& rng);
 FUSED_API void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                      double lr, double weight_decay, double momentum, double dampening,
-                      bool nesterov, bool maximize, bool first_step, bool capturable,
-                      const std::optional<at::Tensor>& tensor_lr,
-                      const std::optional<at::Tensor>& grad_scale,
-                      const std::optional<at::Tensor>& found_inf);
+                      at::TensorList scales, at::TensorList masters, at::TensorList emas, double lr,
+                      double weight_decay, double momentum, double dampening, bool nesterov,
+                      bool first_step, const std::optional<at::Tensor>& tensor_lr, bool maximize,
+                      bool capturable, const std::optional<at::Tensor>& grad_scale,
+                      const std::optional<at::Tensor>& found_inf,
+                      const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
+                      bool skip_nonfinite, bool zero_grad, double ema_decay,
+                      const std::optional<at::Tensor>& rng);
 
 }  // namespace fused

@@ -10,6 +10,7 @@ from torch.optim.adam import adam as stock_adam
 from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dtype
 
 from fused import _route
+from fused.optim import _state
 from fused.optim._step import FusedStep, Group, number, number_and_tensor
 
 # Parameters, gradients, first and second moments, largest second moments, steps.
@@ -21,9 +22,12 @@ CPU = torch.device("cpu")
 class Adam(FusedStep, torch.optim.Adam):
     """`torch.optim.Adam` whose step is one C++ call, and one pass over memory, per group.
 
-    Arguments, state and `state_dict` are those of the stock class. `foreach` and `fused` are
-    accepted and choose nothing but, as in stock, where `fused=True` keeps the step counts.
+    Arguments, state and `state_dict` are those of the stock class, and `FusedStep` describes what
+    there is beyond. `foreach` and `fused` are accepted and choose nothing but, as in stock, where
+    `fused=True` keeps the step counts.
     """
+
+    _op = "adam"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -31,33 +35,34 @@ class Adam(FusedStep, torch.optim.Adam):
         # waits for at every step. Kernels take a float on the parameter's device or the CPU.
         for p, entry in self.state.items():
             step = entry.get("step") if isinstance(entry, dict) and isinstance(p, Tensor) else None
-            if isinstance(step, Tensor) and not (
-                step.dtype in (torch.float32, torch.float64) and step.device in (CPU, p.device)
-            ):
-                entry["step"] = step.to(p.device, torch.float32)
+            if not isinstance(step, Tensor):
+                continue
+            known = step.dtype in (torch.float32, torch.float64) and step.device in (CPU, p.device)
+            if not known or self.extras.nonfinite == "skip":
+                dtype = step.dtype if known else torch.float32
+                entry["step"] = step.to(p.device, dtype)
 
-    def _kernel_step(self, group: Group, *, check_only: bool) -> str | None:
-        grad_scale, found_inf = self._grad_scaler()
+    def _hyperparameters(self, group: Group) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        return _route.kernels().adam_group(
-            group["params"],
-            self.state,
-            group["lr"],
-            beta1,
-            beta2,
-            number(group["weight_decay"]),
-            number(group["eps"]),
-            group["amsgrad"],
-            group["maximize"],
-            group["decoupled_weight_decay"],
-            group["capturable"],
-            grad_scale,
-            found_inf,
-            check_only,
-        )
+        return {
+            "lr": group["lr"],
+            "beta1": beta1,
+            "beta2": beta2,
+            "weight_decay": number(group["weight_decay"]),
+            "eps": number(group["eps"]),
+            "amsgrad": group["amsgrad"],
+            "decoupled_weight_decay": group["decoupled_weight_decay"],
+        }
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        moments = ("exp_avg", "exp_avg_sq")
+        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+
+    def _kernel_call(self, **arguments: Any) -> str | None:
+        return _route.kernels().adam_group(**arguments)
 
     def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
-        on_device = group["capturable"] or group["fused"]
+        on_device = group["capturable"] or group["fused"] or self.extras.nonfinite == "skip"
         step_dtype = _get_scalar_dtype(is_fused=group["fused"])
         states = []
         for p in group["params"]:
@@ -65,59 +70,66 @@ class Adam(FusedStep, torch.optim.Adam):
                 continue
             if group["fused"]:
                 _device_dtype_check_for_fused(p)
-            # Without `capturable` or `fused` the count stays on the host, which then knows it
-            # without asking the device.
+            # Elsewhere the count stays on the host, which then knows it without asking the device.
             step_device = p.device if on_device else "cpu"
             state = {"step": torch.zeros((), dtype=step_dtype, device=step_device)}
             for name in self._moments(group):
-                state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            states.append((p, state))
+                state |= _state.new_moment(p, name, self.extras.state_dtype_of(p))
+            states.append((p, state | _state.new_extras(p, self.extras)))
         return states
 
-    @staticmethod
-    def _moments(group: Group) -> tuple[str, ...]:
-        moments = ("exp_avg", "exp_avg_sq")
-        return (*moments, "max_exp_avg_sq") if group["amsgrad"] else moments
+    def _init_group(  # by this name the compiler knows it
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
+        steps: list[Tensor],
+        scales: list[Tensor] | None = None,
+        masters: list[Tensor] | None = None,
+        emas: list[Tensor] | None = None,
+    ) -> bool:
+        """Fills the lists, with states made where there are none; whether any is complex."""
+        lists = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        if scales is None or masters is None or emas is None or self._is_composite(group):
+            return super()._init_group(group, params, grads, *lists, steps)
+        for p, state in self._new_states(group):
+            self.state[p].update(state)
+        self._fill(group, params, grads, lists, scales, masters, emas)
+        steps += [self.state[p]["step"] for p in params]
+        return False
 
-    def _lists(self, group: Group) -> tuple[Lists, bool]:
-        """The group's tensors, states made where there are none; and whether any is complex."""
-        lists: Lists = ([], [], [], [], [], [])
-        has_complex = self._init_group(group, *lists)  # by this name the compiler knows it
-        return lists, has_complex
-
-    def _registered_step(self, group: Group) -> None:
-        lists, has_complex = self._lists(group)
-        if not lists[0]:
+    def _registered_step(self, group: Group, norm: Tensor | None) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        exp_avgs: list[Tensor] = []
+        exp_avg_sqs: list[Tensor] = []
+        max_exp_avg_sqs: list[Tensor] = []
+        steps: list[Tensor] = []
+        scales: list[Tensor] = []
+        masters: list[Tensor] = []
+        emas: list[Tensor] = []
+        stock = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
+        has_complex = self._init_group(group, *stock, scales, masters, emas)
+        if not params:
             return
         if has_complex or group["differentiable"]:
-            return self._stock_step(group, lists, has_complex)
-        lr, tensor_lr = number_and_tensor(group["lr"])
-        beta1, tensor_beta1 = number_and_tensor(group["betas"][0])
-        beta2, tensor_beta2 = number_and_tensor(group["betas"][1])
-        grad_scale, found_inf = self._grad_scaler()
+            self._refuse_extras("complex parameters or differentiable=True")
+            return self._stock_step(group, stock, has_complex)
+        arguments = self._hyperparameters(group) | self._registered_arguments(group, norm)
+        for name in ("lr", "beta1", "beta2"):
+            arguments[name], arguments[f"tensor_{name}"] = number_and_tensor(arguments[name])
         # The compiler sets `capturable` for the time of the trace, on every device.
-        tracing = torch.compiler.is_compiling()
-        capturable = lists[0][0].is_cuda if tracing else group["capturable"]
-        torch.ops.fused.adam_(
-            *lists,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=number(group["weight_decay"]),
-            eps=number(group["eps"]),
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            capturable=capturable,
-            tensor_lr=tensor_lr,
-            tensor_beta1=tensor_beta1,
-            tensor_beta2=tensor_beta2,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        if torch.compiler.is_compiling():
+            arguments["capturable"] = params[0].is_cuda
+        torch.ops.fused.adam_(*stock, scales, masters, emas, **arguments)
 
     def _composite_step(self, group: Group) -> None:
-        self._stock_step(group, *self._lists(group))
+        lists: Lists = ([], [], [], [], [], [])
+        has_complex = self._init_group(group, *lists)
+        self._stock_step(group, lists, has_complex)
 
     def _stock_step(self, group: Group, lists: Lists, has_complex: bool) -> None:
         beta1, beta2 = group["betas"]

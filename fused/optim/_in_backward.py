@@ -98,7 +98,7 @@ def _check(optimizer: FusedStep) -> None:
     if hasattr(optimizer, _HOOKS_ATTRIBUTE):
         raise ValueError("step_in_backward: optimizer must not step in the backward pass already")
     for name, allowed, reason in _NEEDS_ALL_GRADIENTS:
-        for options in (optimizer.defaults, *optimizer.param_groups, vars(optimizer)):
+        for options in (optimizer.defaults, *optimizer.param_groups, optimizer.extras.given()):
             value = options.get(name, allowed)
             if value != allowed:
                 raise ValueError(

@@ -2,143 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as stock_sgd
 
 from fused import _route
+from fused.optim import _state
 from fused.optim._step import FusedStep, Group, number, number_and_tensor
+
+BUFFER = "momentum_buffer"
 
 
 class SGD(FusedStep, torch.optim.SGD):
     """`torch.optim.SGD` whose step is one C++ call, and one pass over memory, per group.
 
-    Arguments, state and `state_dict` are those of the stock class. `foreach` and `fused` are
-    accepted and choose nothing.
+    Arguments, state and `state_dict` are those of the stock class, and `FusedStep` describes what
+    there is beyond. `foreach` and `fused` are accepted and choose nothing.
     """
 
-    def _kernel_step(self, group: Group, *, check_only: bool) -> str | None:
-        grad_scale, found_inf = self._grad_scaler()
-        return _route.kernels().sgd_group(
-            group["params"],
-            self.state,
-            group["lr"],
-            number(group["weight_decay"]),
-            number(group["momentum"]),
-            number(group["dampening"]),
-            group["nesterov"],
-            group["maximize"],
-            False,
-            grad_scale,
-            found_inf,
-            check_only,
-        )
+    _op = "sgd"
 
-    def _lists(self, group: Group) -> tuple[list[Tensor], list[Tensor], list[Tensor | None], bool]:
-        """Parameters, gradients and momentum buffers (empty without momentum); any sparse?"""
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        buffers: list[Tensor | None] = []
-        has_sparse_grad = self._init_group(group, params, grads, buffers)
-        return params, grads, buffers, has_sparse_grad
+    def _hyperparameters(self, group: Group) -> dict[str, Any]:
+        return {
+            "lr": group["lr"],
+            "weight_decay": number(group["weight_decay"]),
+            "momentum": number(group["momentum"]),
+            "dampening": number(group["dampening"]),
+            "nesterov": group["nesterov"],
+            "first_step": False,
+        }
 
-    def _first_step(self, group: Group) -> None:
-        params, grads, buffers, _ = self._lists(group)
-        self._begin(group, params, grads, buffers, self._kernel_call)
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        return (BUFFER,) if group["momentum"] != 0 else ()
 
-    def _registered_step(self, group: Group) -> None:
-        params, grads, buffers, has_sparse_grad = self._lists(group)
-        if has_sparse_grad or group["differentiable"] or any(p.is_complex() for p in params):
-            self._stock_step(group, params, grads, buffers, has_sparse_grad)
-        elif group["momentum"] == 0 or None not in buffers:
-            begun = [buffer for buffer in buffers if buffer is not None]
-            self._registered_call(group, params, grads, begun, first_step=False)
-        else:
-            self._begin(group, params, grads, buffers, self._registered_call)
+    def _kernel_call(self, **arguments: Any) -> str | None:
+        return _route.kernels().sgd_group(**arguments)
 
-    def _begin(
+    def _lacks_buffer(self, parameter: Tensor) -> bool:
+        return self.state.get(parameter, {}).get(BUFFER) is None
+
+    def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Buffers begin as zeros, which the first step makes the first gradient."""
+        states = []
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state: dict[str, Any] = {}
+            if group["momentum"] != 0 and self._lacks_buffer(p):
+                state |= _state.new_moment(p, BUFFER, self.extras.state_dtype_of(p))
+            if not self.state.get(p):
+                state |= _state.new_extras(p, self.extras)
+            if state:
+                states.append((p, state))
+        return states
+
+    def _first_step(self, group: Group, norm: Tensor | None, new: list[Tensor]) -> None:
+        if group["momentum"] == 0 or group["dampening"] == 0:
+            self._kernel_step(group, norm)  # zero times the momentum, plus the gradient
+            return
+        # A dampened buffer that a skipped step left unset must not count as begun, and whether it
+        # is skipped only the tensor knows: the one time that the host reads it.
+        if self._is_skipped(norm):
+            for p in new:
+                self.state[p].pop(BUFFER, None)
+            return self._clear_gradients(group)
+        begun_now = {id(p) for p in new}
+        for first in (False, True):
+            params = [p for p in group["params"] if (id(p) in begun_now) == first]
+            self._kernel_step(group, norm, params=params, first_step=first)
+
+    def _is_skipped(self, norm: Tensor | None) -> bool:
+        found_inf = self._grad_scaler()[1]
+        if found_inf is not None and found_inf.item() != 0:
+            return True
+        return self.extras.nonfinite == "skip" and norm is not None and not norm.isfinite().item()
+
+    def _clear_gradients(self, group: Group) -> None:
+        for p in group["params"]:
+            if self.extras.zero_grad and p.grad is not None:
+                p.grad.zero_()
+
+    def _init_group(  # by this name the compiler knows it
         self,
         group: Group,
         params: list[Tensor],
         grads: list[Tensor],
         buffers: list[Tensor | None],
-        call: Callable[..., None],
+        scales: list[Tensor] | None = None,
+        masters: list[Tensor] | None = None,
+        emas: list[Tensor] | None = None,
+    ) -> bool:
+        """Fills the lists, with states made where there are none; whether a gradient is sparse.
+
+        With dampening, the buffers of a first step are None: it is no step of a buffer of zeros.
+        """
+        begins = group["dampening"] != 0 and self._any_begins(group)
+        if scales is None or masters is None or emas is None:
+            return super()._init_group(group, params, grads, buffers)
+        if begins or self._is_composite(group):
+            return super()._init_group(group, params, grads, buffers)
+        for p, state in self._new_states(group):
+            self.state[p].update(state)
+        self._fill(group, params, grads, (buffers,), scales, masters, emas)
+        return False
+
+    def _any_begins(self, group: Group) -> bool:
+        params = [p for p in group["params"] if p.grad is not None]
+        return group["momentum"] != 0 and any(self._lacks_buffer(p) for p in params)
+
+    def _registered_step(self, group: Group, norm: Tensor | None) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        scales: list[Tensor] = []
+        masters: list[Tensor] = []
+        emas: list[Tensor] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers, scales, masters, emas)
+        if has_sparse_grad or group["differentiable"] or any(p.is_complex() for p in params):
+            self._refuse_extras("sparse gradients, complex parameters or differentiable=True")
+            return self._stock_step(group, params, grads, buffers, has_sparse_grad)
+        if group["momentum"] != 0 and None in buffers:
+            return self._begin(group, norm, params, grads, buffers)
+        self._registered_call(group, norm, params, grads, buffers, scales, masters, emas)
+
+    def _begin(
+        self,
+        group: Group,
+        norm: Tensor | None,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor | None],
     ) -> None:
-        """Steps the parameters that have a buffer, and those whose buffer begins."""
-        # A buffer that a skipped step left unset must not count as begun, and whether it is skipped
-        # only the tensor knows: the one time that the host reads it, at a parameter's first step.
-        found_inf = self._grad_scaler()[1]
-        if found_inf is not None and found_inf.item() != 0:
-            return
+        """Steps the parameters that have a buffer, and those whose dampened buffer begins."""
+        if {"ema_decay", "master_weights", "state_dtype"} & self.extras.given().keys():
+            raise NotImplementedError(
+                "sgd: dampening must be 0 where states other than the momentum buffer begin in a "
+                f"traced step, got {group['dampening']} (let the first step be an eager one)"
+            )
+        if self._is_skipped(norm):
+            return self._clear_gradients(group)
         triples = list(zip(params, grads, buffers, strict=True))
         for first_step in (False, True):
             chosen = [(p, g, b) for p, g, b in triples if (b is None) == first_step]
             some_params, some_grads = [p for p, _, _ in chosen], [g for _, g, _ in chosen]
-            some_buffers = [torch.empty_like(p) if b is None else b for p, _, b in chosen]
+            some_buffers = [torch.zeros_like(p) if b is None else b for p, _, b in chosen]
             if chosen:
-                call(group, some_params, some_grads, some_buffers, first_step=first_step)
+                lists: list[list[Any]] = [some_params, some_grads, some_buffers, [], [], []]
+                self._registered_call(group, norm, *lists, first_step=first_step)
             self._keep_buffers(some_params, some_buffers)
 
-    def _kernel_call(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        *,
-        first_step: bool,
-    ) -> None:
-        grad_scale, found_inf = self._grad_scaler()
-        _route.kernels().sgd_lists(
-            params,
-            grads,
-            buffers,
-            group["lr"],
-            number(group["weight_decay"]),
-            number(group["momentum"]),
-            number(group["dampening"]),
-            group["nesterov"],
-            group["maximize"],
-            first_step,
-            False,
-            grad_scale,
-            found_inf,
-        )
-
     def _registered_call(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        buffers: list[Tensor],
-        *,
-        first_step: bool,
+        self, group: Group, norm: Tensor | None, *lists: list[Any], first_step: bool = False
     ) -> None:
-        if not params:
+        if not lists[0]:
             return
-        lr, tensor_lr = number_and_tensor(group["lr"])
-        grad_scale, found_inf = self._grad_scaler()
-        torch.ops.fused.sgd_(
-            params,
-            grads,
-            buffers,
-            lr=lr,
-            weight_decay=number(group["weight_decay"]),
-            momentum=number(group["momentum"]),
-            dampening=number(group["dampening"]),
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first_step=first_step,
-            capturable=False,
-            tensor_lr=tensor_lr,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-        )
+        arguments = self._hyperparameters(group) | self._registered_arguments(group, norm)
+        arguments["first_step"] = first_step
+        arguments["lr"], arguments["tensor_lr"] = number_and_tensor(arguments["lr"])
+        torch.ops.fused.sgd_(*lists, **arguments)
 
     def _composite_step(self, group: Group) -> None:
-        self._stock_step(group, *self._lists(group))
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        buffers: list[Tensor | None] = []
+        has_sparse_grad = self._init_group(group, params, grads, buffers)
+        self._stock_step(group, params, grads, buffers, has_sparse_grad)
 
     def _stock_step(
         self,
@@ -165,6 +195,6 @@ class SGD(FusedStep, torch.optim.SGD):
         if group["momentum"] != 0:
             self._keep_buffers(params, buffers)
 
-    def _keep_buffers(self, params: list[Tensor], buffers: Sequence[Tensor | None]) -> None:
+    def _keep_buffers(self, params: list[Tensor], buffers: list[Any]) -> None:
         for parameter, buffer in zip(params, buffers, strict=True):
-            self.state[parameter]["momentum_buffer"] = buffer
+            self.state[parameter][BUFFER] = buffer

@@ -10,16 +10,22 @@ every step anew; nothing is cached that could go stale. Three ways lead through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused.optim import _sharded
+from fused import _route
+from fused.optim import _sharded, _state
+from fused.optim._options import INT8, OPTION_NAMES, StepOptions
 
 Group = dict[str, Any]
+# The gradients' norm for each group, None where none is needed.
+Norms = list[Tensor | None]
 
 # What C++ answers in place of None when it has not made the step; anything else it answers is a
 # reason for the composite path.
@@ -27,31 +33,112 @@ UNINITIALISED = "uninitialised"
 MODE = "mode"
 DIFFERENTIABLE = "differentiable"
 SUBCLASS = "subclass"
+SPARSE = "sparse"
+COMPLEX = "complex"
 
 _REASONS = {
     DIFFERENTIABLE: "differentiable=True needs operators that autograd knows",
-    "sparse": "a gradient is sparse",
-    "complex": "a parameter is not a floating-point tensor",
+    SPARSE: "a gradient is sparse",
+    COMPLEX: "a parameter is not a floating-point tensor",
     SUBCLASS: "a tensor is of a subclass",
     "transform": "a functorch transform is active",
 }
 
+# In __dict__ alone, so that an optimizer that was pickled before has the defaults.
+_EXTRAS, _CAPTURED = "extras", "_loading"
+
 
 class FusedStep(Optimizer):
-    """Mixed into a stock optimizer, ahead of it. Subclasses say what a group's step is."""
+    """Mixed into a stock optimizer, ahead of it. Subclasses say what a group's step is.
+
+    Beyond the stock constructor, keyword-only and free to combine:
+
+    Args:
+        max_norm: clips the gradients to this Euclidean norm inside the step, as
+            `torch.nn.utils.clip_grad_norm_` would; they are left as they are. `grad_norm` then
+            holds the norm as it was: a float64 scalar that the host has not waited for.
+        norm_scope: "global" for the norm over all groups, "group" for each group by itself
+            (`grad_norm` has one element for each group).
+        nonfinite: what a norm that is NaN or infinite does. "propagate": what the maths gives.
+            "error": RuntimeError, with nothing changed; the host waits for the norm. "skip":
+            parameters, states, step counts and averages stay as they are. On CUDA this keeps the
+            step counts on the device, so that the host need not know.
+        zero_grad: gradients are set to 0 in the same pass, in a skipped step too.
+        ema_decay: keeps a moving average of the parameters in the same pass, `ema = decay * ema +
+            (1 - decay) * p` after each step that changes p, from p as it was before the first. It
+            follows the master where there is one. In float32, float64 beside float64; see
+            `averaged`.
+        master_weights: 16-bit parameters are the rounded copies of float32 masters, and moments are
+            float32. "float32" keeps the master whole. "remainder" keeps, beside bfloat16
+            parameters, the 16 bits by which they differ from it. Parameters written to from outside
+            are overwritten from a float32 master at the next step.
+        stochastic_rounding: 16-bit parameters are rounded up or down by chance, right on average,
+            drawn from the device's torch generator.
+        state_dtype: how moments are stored: None for the parameter's dtype (float32 beside a
+            master), torch.float32, torch.bfloat16, or "int8" for block-wise dynamic quantisation
+            (csrc/optim/quantize.h).
+
+    Raises:
+        NotImplementedError: at the step, where one of these is set and no kernel covers the group
+            (complex parameters, sparse gradients, `differentiable`).
+    """
 
     # GradScaler leaves unscaling and skipping to the step itself.
     _step_supports_amp_scaling = True
 
-    def _kernel_step(self, group: Group, *, check_only: bool) -> str | None:
+    _op: ClassVar[str]
+    extras: StepOptions
+    # Of the gradients at the last step, before clipping; None before, and where none was needed.
+    grad_norm: Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        stock = next(base for base in cls.__mro__ if base.__module__.startswith("torch.optim."))
+        of_stock = inspect.signature(stock)
+        defaults = inspect.signature(StepOptions).parameters.values()
+        extras = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in defaults]
+        parameters = [*of_stock.parameters.values(), *extras]
+        cls.__signature__ = of_stock.replace(parameters=parameters)  # type: ignore[attr-defined]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+        self.extras = StepOptions(**given)
+        self.extras.check(self._op)
+        super().__init__(*args, **kwargs)
+
+    def add_param_group(self, param_group: Group) -> None:
+        for name in OPTION_NAMES:
+            if name in param_group:
+                raise ValueError(
+                    f"{self._op}: {name} must be given to the constructor, for all groups, "
+                    f"got a group with {param_group[name]!r}"
+                )
+        super().add_param_group(param_group)
+        try:
+            self.extras.check_params(self._op, self.param_groups[-1]["params"])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    # What a subclass says -------------------------------------------------------------------------
+
+    def _hyperparameters(self, group: Group) -> dict[str, Any]:
+        """The rule's own arguments of the C++ call: numbers, or tensors that kernels read."""
+        raise NotImplementedError
+
+    def _moments(self, group: Group) -> tuple[str, ...]:
+        """By which names a parameter's state holds its moments."""
+        raise NotImplementedError
+
+    def _kernel_call(self, **arguments: Any) -> str | None:
         """The group's one C++ call; None when done, else why not."""
         raise NotImplementedError
 
-    def _first_step(self, group: Group) -> None:
-        """The same for a group in which a parameter's state begins."""
-        self._kernel_step(group, check_only=False)
+    def _first_step(self, group: Group, norm: Tensor | None, new: list[Tensor]) -> None:
+        """The step of a group in which the states of the parameters `new` begin."""
+        self._kernel_step(group, norm)
 
-    def _registered_step(self, group: Group) -> None:
+    def _registered_step(self, group: Group, norm: Tensor | None) -> None:
         """The same through torch.ops.fused."""
         raise NotImplementedError
 
@@ -60,11 +147,13 @@ class FusedStep(Optimizer):
         raise NotImplementedError
 
     def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
-        """States for the parameters that have a gradient and no state yet."""
-        return []
+        """What is missing in the states of the parameters that have a gradient."""
+        raise NotImplementedError
 
     def _refuse(self, reason: str) -> None:
         """Raises what stock raises for gradients that the algorithm cannot take."""
+
+    # The step -------------------------------------------------------------------------------------
 
     def composite_reason(self, group: Group) -> str | None:
         """Why stock PyTorch would step this group in place of a kernel, or None. For explain."""
@@ -83,48 +172,192 @@ class FusedStep(Optimizer):
                 with torch.enable_grad():
                     loss = closure()
             if torch.compiler.is_compiling():
-                for group in self.param_groups:
-                    self._registered_step(group)
+                self._traced_step()
             else:
                 self._eager_step()
         return loss
 
-    def _eager_step(self) -> None:
+    def _eager_step(self, norms: Norms | None = None) -> None:
         groups = self.param_groups
         # With one group the step's own checks suffice: it checks everything before it writes.
-        if len(groups) == 1 and not groups[0]["differentiable"]:
-            outcomes = [self._kernel_step(groups[0], check_only=False)]
+        if len(groups) == 1 and not groups[0]["differentiable"] and not self.extras.needs_norm:
+            outcomes = [self._kernel_step(groups[0], None)]
             if outcomes[0] is None:
                 return
         else:
             outcomes = [self._check(group) for group in groups]
-        if SUBCLASS in outcomes and _sharded.any_sharded(
-            p for group in groups for p in group["params"]
-        ):
-            with _sharded.local_tensors(self):
-                return self._eager_step()
-        new_states = []
-        for group, outcome in zip(groups, outcomes, strict=True):
-            if outcome == UNINITIALISED:
-                new_states += self._new_states(group)
-            elif outcome in _REASONS:
+        params = (p for group in groups for p in group["params"])
+        if SUBCLASS in outcomes and _sharded.any_sharded(params):
+            return self._sharded_step()
+        for outcome in outcomes:
+            if outcome in _REASONS:
                 self._refuse(outcome)
+                self._refuse_extras(_REASONS[outcome])
+        if norms is None:
+            norms = self._norms()
+        new_states = [
+            state
+            for group, outcome in zip(groups, outcomes, strict=True)
+            if outcome == UNINITIALISED
+            for state in self._new_states(group)
+        ]
         for parameter, state in new_states:
-            self.state[parameter] = state
-        for group, outcome in zip(groups, outcomes, strict=True):
+            self.state[parameter].update(state)
+        new = [parameter for parameter, _ in new_states]
+        for group, norm, outcome in zip(groups, norms, outcomes, strict=True):
             if outcome is None:
-                self._kernel_step(group, check_only=False)
+                self._kernel_step(group, norm)
             elif outcome == UNINITIALISED:
-                self._first_step(group)
+                self._first_step(group, norm, new)
             elif outcome == MODE:
-                self._registered_step(group)
+                self._registered_step(group, norm)
             else:
                 self._unscaled_composite_step(group)
 
+    def _traced_step(self) -> None:
+        for group, norm in zip(self.param_groups, self._norms(), strict=True):
+            self._registered_step(group, norm)
+
+    def _sharded_step(self) -> None:
+        if self.extras.state_dtype == INT8:
+            raise NotImplementedError(
+                f'{self._op}: state_dtype must not be "int8" for DTensor parameters, whose shards '
+                "would cut its blocks, got int8"
+            )
+        norms = self._norms()  # over all ranks, which the local tensors know nothing of
+        with _sharded.local_tensors(self):
+            self._eager_step(norms)
+
     def _check(self, group: Group) -> str | None:
-        return (
-            DIFFERENTIABLE if group["differentiable"] else self._kernel_step(group, check_only=True)
+        if group["differentiable"]:
+            return DIFFERENTIABLE
+        return self._kernel_step(group, None, check_only=True)
+
+    def _kernel_step(
+        self,
+        group: Group,
+        norm: Tensor | None,
+        *,
+        params: list[Tensor] | None = None,
+        check_only: bool = False,
+        **changes: Any,
+    ) -> str | None:
+        extras = self.extras
+        return self._kernel_call(
+            params=group["params"] if params is None else params,
+            state=self.state,
+            **self._hyperparameters(group) | changes,
+            **self._common(group, norm),
+            ema_decay=extras.ema_decay,
+            master=extras.master_name,
+            rng=None if check_only else self._draw_rng(group),
+            check_only=check_only,
         )
+
+    def _common(self, group: Group, norm: Tensor | None) -> dict[str, Any]:
+        """What a group's step reads whichever way it goes."""
+        grad_scale, found_inf = self._grad_scaler()
+        extras = self.extras
+        return {
+            "maximize": group["maximize"],
+            "capturable": group.get("capturable", False),
+            "grad_scale": grad_scale,
+            "found_inf": found_inf,
+            "norm": norm,
+            "max_norm": extras.max_norm,
+            "skip_nonfinite": extras.nonfinite == "skip",
+            "zero_grad": extras.zero_grad,
+        }
+
+    def _registered_arguments(self, group: Group, norm: Tensor | None) -> dict[str, Any]:
+        """The same as `_kernel_step` passes, as the registered ops take it."""
+        extras = self.extras
+        return self._common(group, norm) | {
+            "ema_decay": 0.0 if extras.ema_decay is None else extras.ema_decay,
+            "rng": self._draw_rng(group),
+        }
+
+    @staticmethod
+    def _is_composite(group: Group) -> bool:
+        """Whether stock's function makes the group's step under a tracer or a mode too."""
+        return group["differentiable"] or any(
+            p.is_complex() or p.grad.layout != torch.strided
+            for p in group["params"]
+            if p.grad is not None
+        )
+
+    def _fill(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        moments: Sequence[list[Any]],
+        scales: list[Tensor],
+        masters: list[Tensor],
+        emas: list[Tensor],
+    ) -> None:
+        """Fills the lists of a registered op with the tensors of the parameters with a gradient."""
+        params += [p for p in group["params"] if p.grad is not None]
+        grads += [p.grad for p in params if p.grad is not None]
+        entries = [self.state[p] for p in params] if params else []
+        for name, moment_list in zip(self._moments(group), moments, strict=False):
+            moment_list += [entry[name] for entry in entries]
+            if self.extras.state_dtype == INT8:
+                scales += [entry[_state.scale_name(name)] for entry in entries]
+        have_master = {self.extras.master_of(p) is not None for p in params}
+        if len(have_master) > 1:
+            raise NotImplementedError(
+                f"{self._op}: params of a group must all have a master or none in a traced step, "
+                "got both 16-bit and other ones"
+            )
+        if True in have_master:
+            masters += [entry[self.extras.master_name] for entry in entries]
+        if self.extras.ema_decay is not None:
+            emas += [entry["ema"] for entry in entries]
+
+    def _draw_rng(self, group: Group) -> Tensor | None:
+        """(seed, offset) of a step's stochastic rounding, drawn on the device as dropout's is."""
+        if not self.extras.stochastic_rounding or not group["params"]:
+            return None
+        device = group["params"][0].device
+        return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
+
+    def _norms(self) -> Norms:
+        """The norm that each group's step reads. Sets `grad_norm`."""
+        groups, extras = self.param_groups, self.extras
+        if not extras.needs_norm:
+            return [None] * len(groups)
+        if extras.norm_scope == "group":
+            norms = [self._norm([group]) for group in groups]
+            self.grad_norm = torch.stack([norm.to(norms[0].device) for norm in norms])
+        else:
+            norms = [self._norm(groups)] * len(groups)
+            self.grad_norm = norms[0]
+        if extras.nonfinite == "error" and not self.grad_norm.isfinite().all():
+            raise RuntimeError(
+                f'{self._op}: gradients must be finite with nonfinite="error", '
+                f"got a norm of {self.grad_norm.tolist()}"
+            )
+        return [*norms]
+
+    def _norm(self, groups: list[Group]) -> Tensor:
+        grad_scale = self._grad_scaler()[0]
+        if not torch.compiler.is_compiling() and not _sharded.any_sharded(
+            p for group in groups for p in group["params"]
+        ):
+            return _route.kernels().gradient_norm([g["params"] for g in groups], grad_scale)
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if torch.compiler.is_compiling():
+            return torch.ops.fused.total_norm(grads, grad_scale)
+        norm = _sharded.total_norm(grads, _route.kernels().total_norm)
+        return norm if grad_scale is None else norm / grad_scale
+
+    def _refuse_extras(self, reason: str) -> None:
+        for name, value in self.extras.given().items():
+            raise NotImplementedError(
+                f"{self._op}: {name} must be left out where stock PyTorch makes the step "
+                f"({reason}), got {value!r}"
+            )
 
     def _unscaled_composite_step(self, group: Group) -> None:
         """Stock's functions know no GradScaler outside their fused form."""
@@ -140,6 +373,82 @@ class FusedStep(Optimizer):
     def _grad_scaler(self) -> tuple[Tensor | None, Tensor | None]:
         """What torch.amp.GradScaler has set on this optimizer for the time of the step."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    # The moving average ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the moving averages (`ema_decay`) in the parameters' place, for evaluation.
+
+        Parameters that no step has changed are their own average. On leaving, every parameter has
+        its own value again, bit for bit; what was written to it meanwhile is lost.
+        """
+        if self.extras.ema_decay is None:
+            raise ValueError(f"{self._op}: ema_decay must be given for averaged(), got None")
+        averages = {
+            p: self.state[p]["ema"]
+            for group in self.param_groups
+            for p in group["params"]
+            if "ema" in self.state.get(p, {})
+        }
+        with torch.no_grad():
+            kept = {p: p.detach().clone() for p in averages}
+            for p, average in averages.items():
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in kept.items():
+                    p.copy_(value)
+
+    # Copies and checkpoints -----------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {_EXTRAS: self.extras, "grad_norm": self.grad_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.setdefault(_EXTRAS, StepOptions())
+        super().__setstate__(state)
+        if _CAPTURED in vars(self):
+            self._restore_exactly(vars(self)[_CAPTURED])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` of this class or of its stock twin has returned.
+
+        The options beyond stock's stay those of this optimizer's constructor, and states are stored
+        as they say: bit for bit where they were saved so, converted where they were not.
+        """
+        handle = self.register_load_state_dict_pre_hook(_capture)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            vars(self).pop(_CAPTURED, None)
+
+    def _restore_exactly(self, saved: dict[str, Any]) -> None:
+        """Stock has cast everything to the parameters' dtypes; here are the states as they were."""
+        groups = zip(self.param_groups, saved["param_groups"], strict=True)
+        for group, saved_group in groups:
+            for p, index in zip(group["params"], saved_group["params"], strict=True):
+                entry = saved["state"].get(index)
+                if entry and p.is_floating_point():
+                    own = self.state[p]
+                    for name in _STORED & own.keys():
+                        if own[name] is not None:
+                            del own[name]
+                    moments = [name for name in entry if name in _MOMENTS]
+                    own.update(_state.loaded_entry(p, entry, moments, self.extras))
+
+
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer"}
+_EXTRA_STATES = {*map(_state.scale_name, _MOMENTS), "master", "remainder", "ema"}
+_STORED = _MOMENTS | _EXTRA_STATES
+
+
+def _capture(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """The last of the hooks that may still replace what is loaded."""
+    vars(optimizer)[_CAPTURED] = state_dict
 
 
 def number(value: float | Tensor) -> float:

@@ -151,12 +151,13 @@ class _InEveryOrder:
         value = getattr(self._kernels, name)
         return partial(self._call, name, value) if callable(value) else value
 
-    def _call(self, name: str, function: Callable[..., Any], *args: Any) -> Any:
+    def _call(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        args = (positional, named)
         before = _Snapshot(args)
         _set_order(ORDERS[self._num_calls % len(ORDERS)])
         self._num_calls += 1
         launches = Launches()
-        result = function(*args)
+        result = function(*positional, **named)
         launched = launches.counts()
         if all(_calls_in_every_order[kernel] >= _CALLS_IN_EVERY_ORDER for kernel in launched):
             return result
@@ -164,7 +165,7 @@ class _InEveryOrder:
         for order in ORDERS:
             before.restore()
             _set_order(order)
-            again = function(*args)
+            again = function(*positional, **named)
             found = [*map(_bits, _tensors_in([again, args]))]
             for index, (one, other) in enumerate(zip(expected, found, strict=True)):
                 difference = _num_differing_bytes(one, other)
