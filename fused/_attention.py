@@ -18,7 +18,6 @@ from fused._attention_composite import (
     attention_weights,
 )
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MAX_LENGTH = 2**30
 
 
@@ -221,12 +220,8 @@ def _unsupported(
 ) -> str | None:
     """Why no kernel takes these arguments, or None. PyTorch's own operator takes what is left."""
     tensors = (query, key, value)
-    if any(t.is_nested or t.layout != torch.strided for t in tensors):
-        return "an input is nested or sparse"
-    if query.device.type not in ("cpu", "cuda", "meta"):
-        return f"no kernel for device {query.device.type}"
-    if any(t.dtype not in _DTYPES for t in tensors):
-        return f"no kernel for dtype {query.dtype}"
+    if (reason := _route.unsupported(*tensors)) is not None:
+        return reason
     if min(t.dim() for t in tensors) < 3:
         return "an input has fewer than three dimensions"
     if not 1 <= query.shape[-1] <= MAX_HEAD_DIM or not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
@@ -239,10 +234,8 @@ def _unsupported(
     if not enable_gqa and not heads[0] == heads[1] == heads[2]:
         return f"heads {heads} are broadcast, which enable_gqa=True would make a group"
     if attn_mask is not None:
-        if attn_mask.dtype != torch.bool and attn_mask.dtype not in _DTYPES:
-            return f"no kernel for an attn_mask of dtype {attn_mask.dtype}"
-        if attn_mask.is_nested or attn_mask.layout != torch.strided:
-            return "attn_mask is nested or sparse"
+        reason = _route.unsupported(attn_mask, bool_too=True)
+        return None if reason is None else f"attn_mask: {reason}"
     return None
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fused import _route
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _STOCK = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _ACTIVATIONS = {
     "relu": torch.relu,
@@ -123,7 +122,7 @@ def _conv(
     check_activation(op, activation)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _route.autocast(input.device.type, input, weight, bias)  # type: ignore
-    reason = _route.composite_reason(input, weight, bias) or _unsupported(input, weight, bias)
+    reason = _route.composite_reason(input, weight, bias) or _route.unsupported(input, weight, bias)
     _route.report(op, input.device, reason)
     if reason is not None:
         out = _STOCK[axes](input, weight, bias, stride, padding, dilation, groups)
@@ -133,20 +132,6 @@ def _conv(
     if input.dim() == axes + 1:
         return _run(input.unsqueeze(0), weight, bias, *options, activation).squeeze(0)
     return _run(input, weight, bias, *options, activation)
-
-
-def _unsupported(input: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why no kernel takes these arguments, or None. PyTorch's own operator takes what is left."""
-    for tensor in (input, weight, bias):
-        if tensor is None:
-            continue
-        if tensor.is_nested or tensor.layout != torch.strided:
-            return "an input is nested, sparse or of another layout"
-        if tensor.dtype not in _DTYPES:
-            return f"no kernel for dtype {tensor.dtype}"
-    if input.device.type not in ("cpu", "cuda", "meta"):
-        return f"no kernel for device {input.device.type}"
-    return None
 
 
 def _per_axis(axes: int, value: _Ints) -> list[int]:

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from fused import _route
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
 
 def lstm_cell(
     input: Tensor,
@@ -109,16 +107,7 @@ def unsupported(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) ->
     """Why no kernel takes these tensors, or None. PyTorch's own operators take what is left."""
     if c.dtype != input.dtype and all(t is None or t.dtype == input.dtype for t in (h, *weights)):
         return f"c is {c.dtype}, all else {input.dtype}"  # which PyTorch promotes
-    for t in (input, h, c, *weights):
-        if t is None:
-            continue
-        if t.layout != torch.strided:
-            return "an input is sparse or of another layout"
-        if t.device.type not in ("cpu", "cuda", "meta"):
-            return f"no kernel for device {t.device.type}"
-        if t.dtype not in _DTYPES:
-            return f"no kernel for dtype {t.dtype}"
-    return None
+    return _route.unsupported(input, h, c, *weights)
 
 
 class LSTMCellFunction(torch.autograd.Function):

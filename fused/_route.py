@@ -27,6 +27,10 @@ from fused import _load
 _kernels: ModuleType = _load.load()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
+# What kernels there are for, whatever the op.
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_DEVICES = ("cpu", "cuda", "meta")
+
 # What fused.explain listens to: called with (op, device, why no kernel runs or None).
 Listener = Callable[[str, torch.device, str | None], None]
 _listener: Listener | None = None
@@ -76,6 +80,20 @@ def composite_reason(*tensors: Tensor | None) -> str | None:
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
         return "an input carries a forward-mode tangent"
+    return None
+
+
+def unsupported(*tensors: Tensor | None, bool_too: bool = False) -> str | None:
+    """Why no kernel of any op takes one of these tensors, or None. `bool_too`: they are masks."""
+    for t in tensors:
+        if t is None:
+            continue
+        if t.is_nested or t.layout != torch.strided:
+            return "a tensor is nested, sparse or of another layout"
+        if t.device.type not in _DEVICES:
+            return f"no kernel for device {t.device.type}"
+        if t.dtype not in _DTYPES and not (bool_too and t.dtype == torch.bool):
+            return f"no kernel for dtype {t.dtype}"
     return None
 
 

@@ -15,8 +15,6 @@ from torch.nn.utils import get_total_norm as stock_get_total_norm
 from fused import _route
 from fused.optim import _sharded
 
-_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
-
 
 @torch.no_grad()
 def get_total_norm(
@@ -98,14 +96,8 @@ def _composite_reason(op: str, tensors: Sequence[Tensor], norm_type: float) -> s
         return "there are no tensors"
     if float(norm_type) != 2.0:
         reason: str | None = f"norm_type is {norm_type}"
-    elif not {t.dtype for t in tensors} <= _DTYPES:
-        reason = "a tensor is not a floating-point tensor"
-    elif any(t.layout != torch.strided for t in tensors):
-        reason = "a tensor is sparse"
-    elif any(t.device.type not in ("cpu", "cuda") for t in tensors):
-        reason = "a tensor is on another device"
     else:
-        reason = _route.composite_reason(*tensors)
+        reason = _route.composite_reason(*tensors) or _route.unsupported(*tensors)
     _route.report(op, tensors[0].device, reason)
     return reason
 
