@@ -13,8 +13,9 @@ namespace fused {
 
 enum class Isa { kGeneric, kAvx2, kAvx512 };
 
-// The widest set that this CPU has, or the one that FUSED_ISA=generic|avx2|avx512 names where the CPU
-// has that. Decided on the first call; throws std::invalid_argument where FUSED_ISA is none of them.
+// The widest set that this CPU has, or the one that FUSED_ISA=generic|avx2|avx512 names where the
+// CPU has that. Decided on the first call; throws std::invalid_argument where FUSED_ISA is none of
+// them.
 FUSED_API Isa current_isa();
 FUSED_API const char* isa_name(Isa isa);
 
