@@ -28,7 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -70,6 +70,12 @@ FAULTS: tuple[tuple[str, str, str], ...] = (
 ALWAYS = ("barrier removed", "wait removed", "a wait too few")  # the others are sampled
 
 
+@cache
+def source(path: str) -> str:
+    """A file as it was when the run began: the working tree may go on."""
+    return (ROOT / path).read_text()
+
+
 @dataclass(frozen=True)
 class Mutant:
     path: str
@@ -85,7 +91,7 @@ class Mutant:
     @property
     def text(self) -> str:
         """The broken file."""
-        lines = (ROOT / self.path).read_text().splitlines()
+        lines = source(self.path).splitlines()
         lines[self.line_number] = self.after
         return "\n".join(lines) + "\n"
 
@@ -98,7 +104,7 @@ class Mutant:
 
 
 def mutants_of(path: str) -> Iterator[Mutant]:
-    for number, line in enumerate((ROOT / path).read_text().splitlines()):
+    for number, line in enumerate(source(path).splitlines()):
         code = line.split("//")[0]
         declares = re.match(r"\s*(#|template|static|using|constexpr|struct)", code)
         # Declarations of arrays and parameters look like subscripts, and sizes may just grow.
@@ -172,7 +178,7 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
 
 def killer_of(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
-    path, original = TREE / mutant.path, (ROOT / mutant.path).read_text()
+    path = TREE / mutant.path
     tests = TESTS.get(mutant.path) or TESTS[mutant.path.split("/")[1]]
     try:
         path.write_text(mutant.text)
@@ -186,7 +192,7 @@ def killer_of(mutant: Mutant) -> str | None:
             if not passed:
                 return killer if variant == "quick" else f"{killer} ({variant})"
     finally:
-        path.write_text(original)
+        path.write_text(source(mutant.path))
     return None
 
 
