@@ -348,15 +348,16 @@ Status launch_update(const typename Rule::Params& p, const OptimTensor* tensors,
                      int64_t num_tensors, StepPlace place, Stream stream) {
   static_assert(sizeof(OptimTable) + sizeof(typename Rule::Params) + sizeof(StepPlace) <= 4096);
   using Scales = typename Rule::template Scales<Accumulator<T>>;
-  const OptimTensor& first = tensors[0];
   bool present[kOptimColumns] = {};
   present[kParam] = present[kGrad] = true;
-  for (int k = 0; k < kMaxStates; ++k) {
-    present[kState0 + k] = first.states[k] != nullptr;
-    present[kScale0 + k] = first.state_scales[k] != nullptr;
+  for (int64_t i = 0; i < num_tensors; ++i) {  // an empty tensor has nothing anywhere
+    for (int k = 0; k < kMaxStates; ++k) {
+      present[kState0 + k] |= tensors[i].states[k] != nullptr;
+      present[kScale0 + k] |= tensors[i].state_scales[k] != nullptr;
+    }
+    present[kMaster] |= tensors[i].maybe_master != nullptr;
+    present[kEma] |= tensors[i].maybe_ema != nullptr;
   }
-  present[kMaster] = first.maybe_master != nullptr;
-  present[kEma] = first.maybe_ema != nullptr;
   present[kIndex] = p.common.maybe_rng != nullptr;
   present[kStep] = place != StepPlace::kNone;
   const auto fill = [&](OptimTable& table, int64_t i) {

@@ -11,7 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dty
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._step import FusedStep, Group, number, number_and_tensor
+from fused.optim._step import FusedStep, Group, NewStates, number, number_and_tensor
 
 # Parameters, gradients, first and second moments, largest second moments, steps.
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
@@ -61,10 +61,10 @@ class Adam(FusedStep, torch.optim.Adam):
     def _kernel_call(self, **arguments: Any) -> str | None:
         return _route.kernels().adam_group(**arguments)
 
-    def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _new_states(self, group: Group) -> NewStates:
         on_device = group["capturable"] or group["fused"] or self.extras.nonfinite == "skip"
         step_dtype = _get_scalar_dtype(is_fused=group["fused"])
-        states = []
+        states: NewStates = []
         for p in group["params"]:
             if p.grad is None or self.state.get(p):
                 continue

@@ -10,7 +10,7 @@ from torch.optim.sgd import sgd as stock_sgd
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._step import FusedStep, Group, number, number_and_tensor
+from fused.optim._step import FusedStep, Group, NewStates, number, number_and_tensor
 
 BUFFER = "momentum_buffer"
 
@@ -43,9 +43,9 @@ class SGD(FusedStep, torch.optim.SGD):
     def _lacks_buffer(self, parameter: Tensor) -> bool:
         return self.state.get(parameter, {}).get(BUFFER) is None
 
-    def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _new_states(self, group: Group) -> NewStates:
         """Buffers begin as zeros, which the first step makes the first gradient."""
-        states = []
+        states: NewStates = []
         for p in group["params"]:
             if p.grad is None:
                 continue
@@ -58,17 +58,18 @@ class SGD(FusedStep, torch.optim.SGD):
                 states.append((p, state))
         return states
 
-    def _first_step(self, group: Group, norm: Tensor | None, new: list[Tensor]) -> None:
+    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates) -> None:
         if group["momentum"] == 0 or group["dampening"] == 0:
             self._kernel_step(group, norm)  # zero times the momentum, plus the gradient
             return
         # A dampened buffer that a skipped step left unset must not count as begun, and whether it
         # is skipped only the tensor knows: the one time that the host reads it.
         if self._is_skipped(norm):
-            for p in new:
-                self.state[p].pop(BUFFER, None)
+            for p, state in new:
+                for name in state:
+                    self.state[p].pop(name, None)
             return self._clear_gradients(group)
-        begun_now = {id(p) for p in new}
+        begun_now = {id(p) for p, _ in new}
         for first in (False, True):
             params = [p for p in group["params"] if (id(p) in begun_now) == first]
             self._kernel_step(group, norm, params=params, first_step=first)

@@ -26,6 +26,8 @@ from fused.optim._options import INT8, OPTION_NAMES, StepOptions
 Group = dict[str, Any]
 # The gradients' norm for each group, None where none is needed.
 Norms = list[Tensor | None]
+# States that begin, with their parameters.
+NewStates = list[tuple[Tensor, dict[str, Any]]]
 
 # What C++ answers in place of None when it has not made the step; anything else it answers is a
 # reason for the composite path.
@@ -134,8 +136,8 @@ class FusedStep(Optimizer):
         """The group's one C++ call; None when done, else why not."""
         raise NotImplementedError
 
-    def _first_step(self, group: Group, norm: Tensor | None, new: list[Tensor]) -> None:
-        """The step of a group in which the states of the parameters `new` begin."""
+    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates) -> None:
+        """The step of a group in which states begin, which `self.state` holds already."""
         self._kernel_step(group, norm)
 
     def _registered_step(self, group: Group, norm: Tensor | None) -> None:
@@ -146,7 +148,7 @@ class FusedStep(Optimizer):
         """The same by stock PyTorch's own function."""
         raise NotImplementedError
 
-    def _new_states(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _new_states(self, group: Group) -> NewStates:
         """What is missing in the states of the parameters that have a gradient."""
         raise NotImplementedError
 
@@ -203,12 +205,11 @@ class FusedStep(Optimizer):
         ]
         for parameter, state in new_states:
             self.state[parameter].update(state)
-        new = [parameter for parameter, _ in new_states]
         for group, norm, outcome in zip(groups, norms, outcomes, strict=True):
             if outcome is None:
                 self._kernel_step(group, norm)
             elif outcome == UNINITIALISED:
-                self._first_step(group, norm, new)
+                self._first_step(group, norm, new_states)
             elif outcome == MODE:
                 self._registered_step(group, norm)
             else:
