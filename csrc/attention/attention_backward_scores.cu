@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
     for (int64_t row = first + threadIdx.x; row < first + p.seqlen_q; row += kAttentionThreads) {
       if (maybe_row_alibi != nullptr) {
-        alibi += maybe_row_alibi[row] +
+        alibi += static_cast<double>(maybe_row_alibi[row]) +
                  nearest_alibi_gradient<A>(p, band, static_cast<int32_t>(row - first), row);
       }
       if (p.maybe_grad_sink != nullptr) {

@@ -78,15 +78,17 @@ static void final_scores(const AttentionProblem& p, const Band& band,
                            is_visible(band, tile.row(0, last), tile.column(0, last));
   const A scale = static_cast<A>(p.scale), softcap = static_cast<A>(p.softcap);
   const A* slopes = static_cast<const A*>(p.maybe_alibi_slopes);
+#pragma omp simd
+  for (int32_t i = 0; i < tile.other_rows * kOwnRows<A>; ++i) scores[i] *= scale;
+  const bool has_mask = p.mask.kind != MaskKind::kNone;
+  if (softcap == 0 && slopes == nullptr && !has_mask && all_visible) return;
   for (int32_t j = 0; j < tile.other_rows; ++j) {
     A* of_other = scores + j * kOwnRows<A>;
-#pragma omp simd
-    for (int32_t i = 0; i < kOwnRows<A>; ++i) of_other[i] *= scale;
     if (softcap != 0) {
       softcap_lanes(softcap, of_other, maybe_slopes ? maybe_slopes + j * kOwnRows<A> : nullptr);
     }
     if (slopes != nullptr) alibi_lanes(p, tile, j, slopes[tile.head], of_other);
-    if (p.mask.kind != MaskKind::kNone) mask_lanes(p.mask, tile, j, of_other);
+    if (has_mask) mask_lanes(p.mask, tile, j, of_other);
     if (!all_visible) band_lanes(p, band, tile, j, of_other);
   }
 }

@@ -146,7 +146,7 @@ static void head_sums(const AttentionBackwardParams& p, int64_t begin, int64_t e
       const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
       for (int64_t row = first; row < first + p.seqlen_q; ++row) {
         if (maybe_row_alibi) {
-          alibi += maybe_row_alibi[row] +
+          alibi += static_cast<double>(maybe_row_alibi[row]) +
                    nearest_alibi_gradient<A>(p, band, static_cast<int32_t>(row - first), row);
         }
         if (p.maybe_grad_sink) {
