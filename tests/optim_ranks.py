@@ -64,14 +64,15 @@ def model() -> nn.Sequential:
 def backward(network: nn.Module, step: int, *, per_rank: bool = True) -> None:
     seed = 1000 * step + (dist.get_rank() if per_rank else 0)
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    x = x.to(next(network.parameters()).dtype)
     network(x).square().sum().backward()
 
 
-def sharded_model(shape: tuple[int, ...]) -> nn.Sequential:
+def sharded_model(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """On a mesh of the given shape; of two dimensions, the first one replicates."""
     names = ("replicate", "shard")[-len(shape) :]
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
-    network = model()
+    network = model().to(dtype)
     fully_shard(network[0], mesh=mesh)
     fully_shard(network, mesh=mesh)
     return network
@@ -86,7 +87,11 @@ def train(network: nn.Module, optimizer: torch.optim.Optimizer, steps: range) ->
 
 def whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().clone()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if tensor.dtype == torch.int16:  # which gloo does not know
+        return tensor.to(torch.int32).full_tensor().to(torch.int16)
+    return tensor.full_tensor()
 
 
 def everything(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ and some are empty.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -107,6 +109,32 @@ def test_zero_redundancy_optimizer(as_views: bool, tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_zero, as_views)
 
 
+def check_zero_options() -> None:
+    network = DistributedDataParallel(model())
+    for option in ({"max_norm": 1.0}, {"nonfinite": "skip"}, {"zero_grad": True}):
+        with pytest.raises(ValueError, match=r"must be left out inside ZeroRedundancyOptimizer"):
+            ZeroRedundancyOptimizer(network.parameters(), optimizer_class=fused.AdamW, **option)
+    options = {"lr": 0.05, "ema_decay": 0.9}
+    optimizer = ZeroRedundancyOptimizer(
+        network.parameters(), optimizer_class=fused.AdamW, **options
+    )
+    alone = model()
+    expected = fused.AdamW(alone.parameters(), **options)
+    for step in range(STEPS):
+        for some_network, some_optimizer in ((network, optimizer), (alone, expected)):
+            backward(some_network, step, per_rank=False)
+            some_optimizer.step()
+            some_optimizer.zero_grad()
+    for p, q in zip(network.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+        if p in optimizer.optim.state:
+            torch.testing.assert_close(optimizer.optim.state[p]["ema"], expected.state[q]["ema"])
+
+
+def test_options_inside_zero_redundancy_optimizer(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_zero_options)
+
+
 # --- Steps in the backward pass -------------------------------------------------------------------
 
 
@@ -146,9 +174,23 @@ def test_step_in_backward(engine: str, tmp_path: Path) -> None:
 # --- Checkpoints ----------------------------------------------------------------------------------
 
 
-def checkpoint_model() -> nn.Module:
-    """Sharded over all ranks; on one, an ordinary model."""
-    return model() if dist.get_world_size() == 1 else sharded_model((dist.get_world_size(),))
+def checkpointed() -> Iterator[tuple[str, nn.Module, torch.optim.Optimizer, dict[str, Any]]]:
+    """Name, model, optimizer with other numbers than were saved, and those that were."""
+    bfloat16 = {"master_weights": "remainder", "ema_decay": 0.9, "max_norm": 0.3}
+    cases: list[tuple[type, torch.dtype, dict[str, Any]]] = [
+        *((cls, torch.float32, {}) for cls in CLASSES),
+        (fused.AdamW, torch.bfloat16, bfloat16),
+        (fused.SGD, torch.float32, {"state_dtype": torch.bfloat16}),
+    ]
+    world = dist.get_world_size()
+    for cls, dtype, extras in cases:
+        # Sharded over all ranks; on one, an ordinary model.
+        network = model().to(dtype) if world == 1 else sharded_model((world,), dtype)
+        # Checkpoints are read into what the state has: what amsgrad adds must be there.
+        options = {**OPTIONS[cls], **extras}
+        optimizer = cls(network.parameters(), **{**options, "lr": 0.7, "weight_decay": 0.4})
+        saved = cls([torch.zeros(1)], **options).defaults
+        yield f"{cls.__name__}-{'-'.join(extras)}", network, optimizer, saved
 
 
 def step_alike(network: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -159,42 +201,36 @@ def step_alike(network: nn.Module, optimizer: torch.optim.Optimizer, step: int) 
 
 
 def check_save(folder: Path) -> None:
-    for cls in CLASSES:
-        network = checkpoint_model()
-        optimizer = cls(network.parameters(), **OPTIONS[cls])
+    for name, network, optimizer, options in checkpointed():
+        optimizer.param_groups[0].update(options)
         for step in range(2):
             step_alike(network, optimizer, step)
         model_state, optimizer_state = get_state_dict(network, optimizer)
-        content = {"model": model_state, "optim": optimizer_state}
-        dcp.save(content, checkpoint_id=folder / cls.__name__)
+        dcp.save({"model": model_state, "optim": optimizer_state}, checkpoint_id=folder / name)
         saved = everything(network, optimizer)
         step_alike(network, optimizer, 2)
         after = everything(network, optimizer)
         if dist.get_rank() == 0:
-            torch.save((saved, after), folder / f"{cls.__name__}.pt")
+            torch.save((saved, after), folder / f"{name}.pt")
 
 
 def check_load(folder: Path) -> None:
-    for cls in CLASSES:
-        network = checkpoint_model()
-        # Checkpoints are read into what the state has: what amsgrad adds must be there.
-        optimizer = cls(network.parameters(), **{**OPTIONS[cls], "lr": 0.7, "weight_decay": 0.4})
+    for name, network, optimizer, options in checkpointed():
         model_state, optimizer_state = get_state_dict(network, optimizer)
         content = {"model": model_state, "optim": optimizer_state}
-        dcp.load(content, checkpoint_id=folder / cls.__name__)
+        dcp.load(content, checkpoint_id=folder / name)
         set_state_dict(
             network,
             optimizer,
             model_state_dict=content["model"],
             optim_state_dict=content["optim"],
         )
-        saved, after = torch.load(folder / f"{cls.__name__}.pt")
+        saved, after = torch.load(folder / f"{name}.pt")
         loaded = everything(network, optimizer)
         assert loaded.keys() == saved.keys()
-        assert all(torch.equal(value, saved[name]) for name, value in loaded.items())
+        assert all(torch.equal(value, saved[key]) for key, value in loaded.items())
         group = optimizer.param_groups[0]
-        defaults = cls([torch.zeros(1)], **OPTIONS[cls]).defaults
-        assert all(group[name] == value for name, value in defaults.items())
+        assert all(group[key] == value for key, value in options.items())
         step_alike(network, optimizer, 2)
         assert_same(everything(network, optimizer), after)
 

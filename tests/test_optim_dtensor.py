@@ -12,8 +12,10 @@ from optim_ranks import (
     CLASSES,
     OPTIONS,
     STEPS,
+    assert_same,
     backward,
     everything,
+    model,
     on_ranks,
     only_kernels,
     sharded_model,
@@ -171,3 +173,79 @@ def check_norm_placements() -> None:
 
 def test_norm_of_tensors_in_all_placements(tmp_path: Path) -> None:
     on_ranks(4, tmp_path, check_norm_placements)
+
+
+# --- The options beyond stock's -------------------------------------------------------------------
+
+EXTRAS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "clip": (torch.float32, {"max_norm": 0.3, "nonfinite": "skip"}),
+    "clip groups": (torch.float32, {"max_norm": 0.1, "norm_scope": "group", "zero_grad": True}),
+    "average": (torch.float32, {"ema_decay": 0.9, "zero_grad": True}),
+    "remainder": (torch.bfloat16, {"master_weights": "remainder", "max_norm": 0.3}),
+    "master": (torch.bfloat16, {"master_weights": "float32", "ema_decay": 0.9}),
+    "small states": (torch.float32, {"state_dtype": torch.bfloat16}),
+}
+
+
+def groups_of(network: nn.Module) -> list[dict[str, Any]]:
+    params = list(network.parameters())
+    return [{"params": params[:2]}, {"params": params[2:]}]
+
+
+def check_extras() -> None:
+    """The sharded steps against those of the whole model, on the same data on every rank."""
+    for name, (dtype, options) in EXTRAS.items():
+        for cls in (fused.AdamW, fused.SGD):
+            results = []
+            for sharded in (True, False):
+                network = sharded_model((2,), dtype) if sharded else model().to(dtype)
+                all_options = {**OPTIONS[cls], **options}
+                optimizer = cls(groups_of(network), **all_options)
+                norms = []
+                for step in range(STEPS):
+                    backward(network, step, per_rank=False)
+                    optimizer.step()
+                    norms.append(optimizer.grad_norm)
+                    if "zero_grad" in options:
+                        assert not any(whole(p.grad).any() for p in network.parameters())
+                    optimizer.zero_grad()
+                results.append(everything(network, optimizer))
+                if "max_norm" in options:
+                    assert not any(isinstance(norm, DTensor) for norm in norms)
+                    results[-1]["norms"] = torch.stack(norms)
+                if "ema_decay" in options:
+                    with optimizer.averaged():
+                        for p in network.parameters():
+                            average = optimizer.state[p]["ema"]
+                            assert torch.equal(whole(p), whole(average).to(dtype))
+            try:
+                assert_same(*results)
+            except AssertionError as error:
+                raise AssertionError(f"{name}, {cls.__name__}: {error}") from error
+
+
+def test_options_on_shards(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_extras)
+
+
+def check_skip() -> None:
+    """What one rank finds in its shard, all ranks heed."""
+    network = sharded_model((2,))
+    optimizer = fused.AdamW(network.parameters(), nonfinite="skip")
+    train(network, optimizer, range(1))
+    before = everything(network, optimizer)
+    backward(network, 1)
+    if torch.distributed.get_rank() == 1:
+        next(network.parameters()).grad.to_local()[0, 0] = float("inf")
+    optimizer.step()
+    after = everything(network, optimizer)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert optimizer.grad_norm is not None and optimizer.grad_norm.isinf()
+    backward(network, 2)
+    quantised = fused.AdamW(network.parameters(), state_dtype="int8")
+    with pytest.raises(NotImplementedError, match='state_dtype must not be "int8" for DTensor'):
+        quantised.step()
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_skip)

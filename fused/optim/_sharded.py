@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused.optim._options import StepOptions
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
@@ -164,3 +166,24 @@ def replicated(scalar: Tensor, like: DTensor) -> Tensor:
 
     mesh = like.device_mesh
     return DTensor.from_local(scalar, mesh, [Replicate()] * mesh.ndim)
+
+
+def check_zero_redundancy_optimizer(op: str, options: StepOptions) -> None:
+    """Raises ValueError for what concerns all gradients, inside a ZeroRedundancyOptimizer.
+
+    That makes an optimizer of this rank's share of the parameters, and hands over nothing by which
+    to tell: it can only be seen on the stack.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    given = options.given()
+    concerned = [name for name in ("max_norm", "nonfinite", "zero_grad") if name in given]
+    if module is None or not concerned:
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if isinstance(frame.f_locals.get("self"), module.ZeroRedundancyOptimizer):
+            raise ValueError(
+                f"{op}: {concerned[0]} must be left out inside ZeroRedundancyOptimizer, where a "
+                f"rank sees its own gradients only, got {given[concerned[0]]!r}"
+            )

@@ -106,15 +106,18 @@ class FusedStep(Optimizer):
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
         self.extras = StepOptions(**given)
         self.extras.check(self._op)
+        _sharded.check_zero_redundancy_optimizer(self._op, self.extras)
         super().__init__(*args, **kwargs)
 
     def add_param_group(self, param_group: Group) -> None:
         for name in OPTION_NAMES:
-            if name in param_group:
+            own = getattr(self.extras, name)
+            if param_group.get(name, own) != own:
                 raise ValueError(
                     f"{self._op}: {name} must be given to the constructor, for all groups, "
                     f"got a group with {param_group[name]!r}"
                 )
+            param_group.pop(name, None)  # ZeroRedundancyOptimizer repeats the options in its groups
         super().add_param_group(param_group)
         try:
             self.extras.check_params(self._op, self.param_groups[-1]["params"])
