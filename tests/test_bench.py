@@ -79,6 +79,7 @@ SMALL = {
     "lstm_cell": lambda: case_list._lstm_cell(2, 8, backward=True),
     "lstm": lambda: case_list._lstm(3, 2, 8, num_layers=2, bidirectional=True, backward=True),
     "optim": lambda: optim_cases.step_case("AdamW", (2, (5,)), "fused", clip=True),
+    "master": lambda: optim_cases.master_case((2, (5,))),
     "clip_grad_norm_": lambda: optim_cases.clip_case((2, (5,))),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,8 @@ F32 = torch.float32
 
 _LARGE = (16, (1024, 1024))  # 17 million parameters in 16 tensors
 _SMALL = (500, (256,))  # tensors that are mostly overhead
+
+_MAX_NORM = 1.0
 
 # Floats that a step moves for each parameter: it and each state are read and written, the gradient
 # is read.
@@ -35,6 +37,8 @@ def optim_cases() -> Iterator[Case]:
     yield clip_case(_SMALL, quick=True)
     yield step_case("AdamW", _LARGE, "fused", clip=True)
     yield step_case("AdamW", _SMALL, "fused", clip=True)
+    yield master_case(_LARGE)
+    yield master_case(_SMALL, quick=True)
 
 
 def _parameters(bench: Workbench, tensors: tuple[int, tuple[int, ...]]) -> list[torch.Tensor]:
@@ -46,12 +50,10 @@ def _parameters(bench: Workbench, tensors: tuple[int, tuple[int, ...]]) -> list[
     return parameters
 
 
-def _clip(bench: Workbench, parameters: list[torch.Tensor]) -> None:
-    # There is no backward pass that would make new gradients: this one has to be clipped again.
+def _make_large(parameters: list[torch.Tensor]) -> None:
+    """Gives the gradients a norm to clip: there is no backward pass that makes new ones."""
     assert parameters[0].grad is not None
-    parameters[0].grad.view(-1)[0] = 100.0
-    clip = (fused if bench.layers == "fused" else torch.nn.utils).clip_grad_norm_
-    clip(parameters, 1.0)
+    parameters[0].grad.view(-1)[0] = 100 * _MAX_NORM
 
 
 def step_case(
@@ -63,21 +65,25 @@ def step_case(
     quick: bool = False,
     **options: Any,
 ) -> Case:
-    """A step; with ``clip`` also what a training loop does before and after it."""
+    """A step; with ``clip`` also what a training loop does before and after it, or ours inside."""
     stock_options = {"foreach": stock == "foreach", "fused": stock == "fused"}
 
     def build(bench: Workbench) -> Runnable:
         parameters = _parameters(bench, tensors)
-        if bench.layers == "fused":
-            optimizer = getattr(fused, name)(parameters, lr=1e-3, **options)
+        ours = bench.layers == "fused"
+        if ours:
+            extras = {"max_norm": _MAX_NORM, "zero_grad": True} if clip else {}
+            optimizer = getattr(fused, name)(parameters, lr=1e-3, **options, **extras)
         else:
             optimizer = getattr(torch.optim, name)(parameters, lr=1e-3, **options, **stock_options)
 
         def step() -> None:
             if clip:
-                _clip(bench, parameters)
+                _make_large(parameters)
+            if clip and not ours:
+                torch.nn.utils.clip_grad_norm_(parameters, _MAX_NORM)
             optimizer.step()
-            if clip:
+            if clip and not ours:
                 optimizer.zero_grad(set_to_none=False)  # in place, for there is no backward pass
 
         run_step = bench.function(step)
@@ -90,7 +96,8 @@ def step_case(
 
     parts = f"{'clip + ' if clip else ''}{name}", _described(tensors), ", zero_grad" * clip
     row = f"{parts[0]} {parts[1]}{parts[2]}, stock {stock}"
-    moved = _elements(tensors) * 4 * _MOVED[name]
+    # To clip and to clear, the gradient is read once more and written.
+    moved = _elements(tensors) * 4 * (_MOVED[name] + 2 * clip)
     return Case("optim", row, F32, build, moved, "GB/s", quick)
 
 
@@ -99,7 +106,13 @@ def clip_case(tensors: tuple[int, tuple[int, ...]], *, quick: bool = False) -> C
 
     def build(bench: Workbench) -> Runnable:
         parameters = _parameters(bench, tensors)
-        run_clip = bench.function(lambda: _clip(bench, parameters))
+        functions = fused if bench.layers == "fused" else torch.nn.utils
+
+        def clip() -> None:
+            _make_large(parameters)
+            functions.clip_grad_norm_(parameters, _MAX_NORM)
+
+        run_clip = bench.function(clip)
 
         def run() -> list[torch.Tensor]:
             run_clip()
@@ -109,6 +122,46 @@ def clip_case(tensors: tuple[int, tuple[int, ...]], *, quick: bool = False) -> C
 
     row = f"clip_grad_norm_ {_described(tensors)}"
     return Case("optim", row, F32, build, _elements(tensors) * 4 * 3, "GB/s", quick)
+
+
+def master_case(tensors: tuple[int, tuple[int, ...]], *, quick: bool = False) -> Case:
+    """AdamW on bfloat16 parameters with float32 masters, which stock leaves to the caller."""
+
+    def build(bench: Workbench) -> Runnable:
+        parameters = _parameters(bench, tensors)
+        if bench.layers == "fused":
+            step: Any = fused.AdamW(parameters, lr=1e-3, master_weights="remainder").step
+        else:
+            step = _step_of_masters(parameters)
+        run_step = bench.function(step)
+
+        def run() -> list[torch.Tensor]:
+            run_step()
+            return parameters
+
+        return run
+
+    row = f"AdamW {_described(tensors)}, remainder master, stock by hand"
+    # The gradient is read; parameter, remainder and two float32 moments are read and written.
+    return Case("optim", row, torch.bfloat16, build, _elements(tensors) * 26, "GB/s", quick)
+
+
+def _step_of_masters(parameters: list[torch.Tensor]) -> Callable[[], None]:
+    own = [parameter.detach() for parameter in parameters]
+    # In the exact run the parameters are float64, and so are their masters.
+    masters = [p.to(torch.promote_types(p.dtype, F32), copy=True).requires_grad_() for p in own]
+    for master in masters:
+        master.grad = torch.empty_like(master)
+    optimizer = torch.optim.AdamW(masters, lr=1e-3, fused=True)
+
+    @torch.no_grad()
+    def step() -> None:
+        grads = [p.grad for p in parameters if p.grad is not None]
+        torch._foreach_copy_([master.grad for master in masters if master.grad is not None], grads)
+        optimizer.step()
+        torch._foreach_copy_(own, [master.detach() for master in masters])
+
+    return step
 
 
 def _described(tensors: tuple[int, tuple[int, ...]]) -> str:
