@@ -157,11 +157,18 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("groups", [1, 12])
+@pytest.mark.parametrize("stride", [1, 2])
 def test_nan_and_infinity_go_where_the_sums_carry_them(
-    groups: int, layout: str, backend: torch.device
+    stride: int, groups: int, layout: str, backend: torch.device
 ) -> None:
     case = ConvCase(
-        "nan", in_channels=12, out_channels=12, groups=groups, padding=1, stride=2, layout=layout
+        "nan",
+        in_channels=12,
+        out_channels=12 if groups == 12 else 20,
+        groups=groups,
+        padding=1,
+        stride=stride,
+        layout=layout,
     )
     tensors, options = case.make(torch.float32, backend)
     tensors[0][0, 1, 2, 3] = torch.nan

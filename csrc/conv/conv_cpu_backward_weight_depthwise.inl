@@ -1,7 +1,7 @@
 // Gradients of a depthwise convolution's weight and bias (one input channel in a group).
 //
 // Channels-last tensors: vectors run along channels, each row of pixels adds to one sum per tap.
-// Others: each output channel is a dot product per row and tap. An item of work is a block of
+// Others: each output channel is a dot product per tap, lane by lane. An item of work is a block of
 // channels and a share of the rows, cut by shape alone and summed in order.
 
 struct DepthwiseShares {
@@ -21,87 +21,136 @@ struct OutputRow {
         y(index % c.count[1]) {}
 };
 
+// sums[u] += grad times the source under tap u, over the pixels of a row for which all of kTaps
+// taps lie inside: as many chains of additions in flight.
+template <typename T, int kTaps>
+static inline void depthwise_taps(const T* grad, int64_t grad_step, const T* source,
+                                  int64_t source_step, int64_t tap_step, int64_t count,
+                                  int64_t channels, typename VectorOf<Accumulator<T>>::type* sums) {
+  typename VectorOf<Accumulator<T>>::type sum[kTaps] = {};
+  for (int64_t x = 0; x < count; ++x) {
+    const auto element = load_vector(grad + x * grad_step, channels);
+#pragma GCC unroll 4
+    for (int u = 0; u < kTaps; ++u) {
+      sum[u] += element * load_vector(source + x * source_step + u * tap_step, channels);
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kTaps; ++u) sums[u] += sum[u];
+}
+
 // sums[tap][lane] for kLanes channels from `first`; the row after the last tap is the bias.
 template <typename T>
 static void depthwise_row_by_channel(const ConvBackwardWeightParams& p, const Correlation& c,
-                                     const OutputRow& row, int64_t first, int64_t channels,
+                                     const std::vector<AxisRun>& x_runs, const OutputRow& row,
+                                     int64_t first, int64_t channels,
                                      typename VectorOf<Accumulator<T>>::type* sums) {
-  using Vector = typename VectorOf<Accumulator<T>>::type;
   const T* grad = static_cast<const T*>(p.grad_output) + row.n * c.dest_stride.outer +
                   row.z * c.dest_stride.space[0] + row.y * c.dest_stride.space[1] + first;
   const T* image = static_cast<const T*>(c.source) + row.n * c.source_stride.outer + first;
-  const int64_t step = c.dest_stride.space[2];
+  const int64_t grad_step = c.dest_stride.space[2], pixel = c.source_stride.space[2];
   for (int64_t w = 0; w < c.taps[0]; ++w) {
     for (int64_t v = 0; v < c.taps[1]; ++v) {
       const int64_t z = c.start[0] + c.step[0] * row.z + c.tap_step[0] * w;
       const int64_t y = c.start[1] + c.step[1] * row.y + c.tap_step[1] * v;
       if (z < 0 || z >= c.source_size[0] || y < 0 || y >= c.source_size[1]) continue;
       const T* line = image + z * c.source_stride.space[0] + y * c.source_stride.space[1];
-      for (int64_t u = 0; u < c.taps[2]; ++u) {
-        // Destinations whose tap lies inside the row.
-        const int64_t at = c.start[2] + c.tap_step[2] * u;
-        const int64_t begin = at >= 0 ? 0 : ceil_div(-at, c.step[2]);
-        const int64_t inside = c.source_size[2] - at;
-        const int64_t end =
-            inside <= 0 ? 0 : std::min<int64_t>(c.count[2], ceil_div(inside, c.step[2]));
-        Vector sum{};
-        for (int64_t x = begin; x < end; ++x) {
-          sum += load_vector(grad + x * step, channels) *
-                 load_vector(line + (at + c.step[2] * x) * c.source_stride.space[2], channels);
-        }
-        sums[(w * c.taps[1] + v) * c.taps[2] + u] += sum;
+      for (const AxisRun& x : x_runs) {
+        const int64_t begin = x.positions.begin;
+        const auto taps = [&](auto number, int64_t u) {
+          depthwise_taps<T, decltype(number)::value>(
+              grad + begin * grad_step, grad_step,
+              line + (c.start[2] + c.step[2] * begin + c.tap_step[2] * u) * pixel,
+              c.step[2] * pixel, c.tap_step[2] * pixel, x.positions.end - begin, channels,
+              sums + (w * c.taps[1] + v) * c.taps[2] + u);
+        };
+        int64_t u = x.taps.begin;
+        for (; x.taps.end - u >= 4; u += 4) taps(std::integral_constant<int, 4>{}, u);
+        if (x.taps.end - u == 3) taps(std::integral_constant<int, 3>{}, u);
+        if (x.taps.end - u == 2) taps(std::integral_constant<int, 2>{}, u);
+        if (x.taps.end - u == 1) taps(std::integral_constant<int, 1>{}, u);
       }
     }
   }
-  Vector sum{};
-  for (int64_t x = 0; x < c.count[2]; ++x) sum += load_vector(grad + x * step, channels);
+  typename VectorOf<Accumulator<T>>::type sum{};
+  for (int64_t x = 0; x < c.count[2]; ++x) sum += load_vector(grad + x * grad_step, channels);
   sums[num_taps(c)] += sum;
 }
 
-template <typename A>
-static inline A dot(const A* a, const A* b, int64_t stride_b, int64_t count) {
-  A sum = 0;
-  if (stride_b == 1) {
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
-  } else {
-    for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i * stride_b];
+// sums[u] += grad times the row under tap u, lane by lane, over `count` pixels; what grad and line
+// hold behind them counts for nothing.
+template <typename A, int kTaps>
+static inline void row_taps(const A* grad, const A* line, int64_t tap_step, int64_t count,
+                            typename VectorOf<A>::type* sums) {
+  using Vector = typename VectorOf<A>::type;
+  using Unaligned = typename VectorOf<A>::unaligned_type;
+  Vector sum[kTaps] = {};
+  int64_t x = 0;
+  for (; count - x >= kLanes<A>; x += kLanes<A>) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kTaps; ++u) {
+      sum[u] += *reinterpret_cast<const Vector*>(grad + x) *
+                *reinterpret_cast<const Unaligned*>(line + u * tap_step + x);
+    }
   }
-  return sum;
+  if (x < count) {
+    using Index = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+    typename VectorOf<Index>::type lane;
+    for (int64_t i = 0; i < kLanes<A>; ++i) lane[i] = static_cast<Index>(x + i);
+#pragma GCC unroll 4
+    for (int u = 0; u < kTaps; ++u) {
+      const Vector product = *reinterpret_cast<const Vector*>(grad + x) *
+                             *reinterpret_cast<const Unaligned*>(line + u * tap_step + x);
+      sum[u] += lane < static_cast<Index>(count) ? product : Vector{};
+    }
+  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kTaps; ++u) sums[u] += sum[u];
 }
 
-// sums[tap] of output channel k; `grad` and `line` hold one row each.
+// sums[tap][lane] of output channel k, to be added over the lanes; `grad` and `line` hold one row
+// each and a vector more.
 template <typename T>
 static void depthwise_row_by_pixel(const ConvBackwardWeightParams& p, const Correlation& c,
                                    const OutputRow& row, int64_t k, Accumulator<T>* grad,
-                                   Accumulator<T>* line, Accumulator<T>* sums) {
+                                   Accumulator<T>* line,
+                                   typename VectorOf<Accumulator<T>>::type* sums) {
   using A = Accumulator<T>;
-  pack_row(grad, c.count[2],
+  const int64_t count = c.count[2];
+  pack_row(grad, padded<A>(count),
            static_cast<const T*>(p.grad_output) + row.n * c.dest_stride.outer +
                k * c.dest_stride.channel + row.z * c.dest_stride.space[0] +
                row.y * c.dest_stride.space[1],
-           c.dest_stride.space[2], 0, 1, int64_t{c.count[2]});
+           c.dest_stride.space[2], 0, 1, count);
   const T* image = static_cast<const T*>(c.source) + row.n * c.source_stride.outer +
                    k / c.rows * c.source_stride.channel;
-  const int64_t length =
-      int64_t{c.step[2]} * (c.count[2] - 1) + int64_t{c.tap_step[2]} * (c.taps[2] - 1) + 1;
   for (int64_t w = 0; w < c.taps[0]; ++w) {
     for (int64_t v = 0; v < c.taps[1]; ++v) {
       const int64_t z = c.start[0] + c.step[0] * row.z + c.tap_step[0] * w;
       const int64_t y = c.start[1] + c.step[1] * row.y + c.tap_step[1] * v;
       if (z < 0 || z >= c.source_size[0] || y < 0 || y >= c.source_size[1]) continue;
-      pack_row(line, length, image + z * c.source_stride.space[0] + y * c.source_stride.space[1],
-               c.source_stride.space[2], c.start[2], 1, int64_t{c.source_size[2]});
-      for (int64_t u = 0; u < c.taps[2]; ++u) {
-        sums[(w * c.taps[1] + v) * c.taps[2] + u] +=
-            dot<A>(grad, line + c.tap_step[2] * u, c.step[2], c.count[2]);
+      const T* from = image + z * c.source_stride.space[0] + y * c.source_stride.space[1];
+      const auto pack = [&](int64_t length, int64_t u) {
+        pack_row(line, length, from, c.source_stride.space[2], c.start[2] + c.tap_step[2] * u,
+                 int64_t{c.step[2]}, int64_t{c.source_size[2]});
+      };
+      auto* tap = sums + (w * c.taps[1] + v) * c.taps[2];
+      // With a step each tap has a row of its own.
+      const bool shared = c.step[2] == 1;
+      if (shared) pack(count + int64_t{c.tap_step[2]} * (c.taps[2] - 1), 0);
+      int64_t u = 0;
+      for (; shared && c.taps[2] - u >= 3; u += 3) {
+        row_taps<A, 3>(grad, line + c.tap_step[2] * u, c.tap_step[2], count, tap + u);
+      }
+      for (; u < c.taps[2]; ++u) {
+        if (!shared) pack(count, u);
+        row_taps<A, 1>(grad, shared ? line + c.tap_step[2] * u : line, 0, count, tap + u);
       }
     }
   }
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < c.count[2]; ++i) sum += grad[i];
-  sums[num_taps(c)] += sum;
+  for (int64_t x = 0; x < count; x += kLanes<A>) {
+    sums[num_taps(c)] += *reinterpret_cast<const typename VectorOf<A>::type*>(grad + x);
+  }
 }
 
 // Element (tap, k) of the sum over shares goes to its place; tap num_taps is the bias.
@@ -132,21 +181,22 @@ static void backward_weight_depthwise(const ConvBackwardWeightParams& p, const C
       c.rows == 1 && c.groups > 1 && c.source_stride.channel == 1 && c.dest_stride.channel == 1;
   const int64_t channels = int64_t{c.groups} * c.rows, width = by_channel ? kLanes<A> : 1;
   const DepthwiseShares work(ceil_div(channels, width), int64_t{c.batch} * c.count[0] * c.count[1]);
-  const int64_t taps = num_taps(c), item_size = (taps + 1) * width;
+  const std::vector<AxisRun> x_runs = axis_runs(c, 2);
+  const int64_t item_size = (num_taps(c) + 1) * kLanes<A>;
   const Scratch<A> partials(work.blocks * work.shares * item_size);
   parallel_for(0, work.blocks * work.shares, 1, [&](int64_t begin, int64_t end) {
-    const int64_t length = int64_t{c.step[2]} * c.count[2] + int64_t{c.tap_step[2]} * c.taps[2] + 1;
-    const Scratch<A> grad(c.count[2] + 1), line(length);
+    const int64_t length = c.count[2] + int64_t{c.tap_step[2]} * (c.taps[2] - 1) + kLanes<A>;
+    const Scratch<A> grad(padded<A>(c.count[2])), line(length);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item / work.shares, share = item % work.shares;
-      A* sums = partials.data() + item * item_size;
-      std::fill(sums, sums + item_size, A(0));
-      for (int64_t i = work.rows * share / work.shares; i < work.rows * (share + 1) / work.shares;
-           ++i) {
+      Vector* sums = reinterpret_cast<Vector*>(partials.data() + item * item_size);
+      std::fill(sums, sums + num_taps(c) + 1, Vector{});
+      const int64_t last = work.rows * (share + 1) / work.shares;
+      for (int64_t i = work.rows * share / work.shares; i < last; ++i) {
         const OutputRow row(c, i);
         if (by_channel) {
-          depthwise_row_by_channel<T>(p, c, row, block * width, channels - block * width,
-                                      reinterpret_cast<Vector*>(sums));
+          depthwise_row_by_channel<T>(p, c, x_runs, row, block * width, channels - block * width,
+                                      sums);
         } else {
           depthwise_row_by_pixel<T>(p, c, row, block, grad.data(), line.data(), sums);
         }
@@ -154,10 +204,17 @@ static void backward_weight_depthwise(const ConvBackwardWeightParams& p, const C
     }
   });
   for (int64_t k = 0; k < channels; ++k) {
-    const A* first = partials.data() + k / width * work.shares * item_size + k % width;
+    const A* first = partials.data() + k / width * work.shares * item_size;
     store_depthwise<T>(p, c, k, [&](int64_t tap) {
       A sum = 0;
-      for (int64_t s = 0; s < work.shares; ++s) sum += first[s * item_size + tap * width];
+      for (int64_t s = 0; s < work.shares; ++s) {
+        const A* lanes = first + s * item_size + tap * kLanes<A>;
+        if (by_channel) {
+          sum += lanes[k % width];
+        } else {
+          for (int64_t i = 0; i < kLanes<A>; ++i) sum += lanes[i];
+        }
+      }
       return sum;
     });
   }

@@ -35,10 +35,12 @@ struct DenseCorrelation {
     return std::clamp<int64_t>(all * c.groups * panels / 16, 96, std::max<int64_t>(96, most));
   }
 
-  // Planes are copied, for the steps of a sum would go through as many pages as there are channels.
+  // Where it costs the cache nothing: with few channels, or planes of a few lines. In between a
+  // copy is worth its price: elements read together are kept from the same bank or set of the
+  // cache.
   bool reads_directly() const {
-    const bool near = c.source_stride.channel <= 64 || c.depth <= 8;
-    return std::is_same_v<T, A> && near;
+    const int64_t stride = c.source_stride.channel;
+    return std::is_same_v<T, A> && (c.depth <= 8 || (stride > 1 && stride <= 64));
   }
 
   // Sums that begin as the bias.

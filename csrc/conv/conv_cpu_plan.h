@@ -244,7 +244,8 @@ struct SourcePlan {
     // Planes a power of two apart would meet in a few sets of the cache.
     const int64_t plane = pixels % 128 == 0 ? pixels + 16 : pixels;
     stride.channel = by_channel ? 1 : plane;
-    stride.space[2] = by_channel ? channels : 1;
+    // Nor pixels: a product reads one channel of eight of them at a time.
+    stride.space[2] = !by_channel ? 1 : channels % 8 == 0 ? channels + 4 : channels;
     stride.space[1] = stride.space[2] * extent[2];
     stride.space[0] = stride.space[1] * extent[1];
     stride.outer = by_channel ? stride.space[0] * extent[0] : plane * channels;
