@@ -58,7 +58,8 @@ class FusedStep(Optimizer):
     Args:
         max_norm: clips the gradients to this Euclidean norm inside the step, as
             `torch.nn.utils.clip_grad_norm_` would; they are left as they are. `grad_norm` then
-            holds the norm as it was: a float64 scalar that the host has not waited for.
+            holds the norm as it was: a float64 scalar that the host has not waited for (a compiled
+            step clips, and leaves `grad_norm` as it was).
         norm_scope: "global" for the norm over all groups, "group" for each group by itself
             (`grad_norm` has one element for each group).
         nonfinite: what a norm that is NaN or infinite does. "propagate": what the maths gives.
