@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_sums(const ScoreGradient& gradient, Attent
 }
 
 template <typename T, bool kByDistance>
-__global__ void __launch_bounds__(kAttentionThreads, 2)
+__global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
     attention_backward_scores_kernel(const AttentionBackwardParams p,
                                      const ScoreGradient gradient) {
   using A = Accumulator<T>;
