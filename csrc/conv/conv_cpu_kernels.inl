@@ -12,6 +12,7 @@
 #include "common/scratch.h"
 #include "conv/conv_cpu_kernels.h"
 #include "conv/conv_cpu_plan.h"
+#include "conv/conv_cpu_products.h"
 
 #define FUSED_CPU_KERNELS "conv/conv_cpu.inl"
 #include "common/for_each_isa.inl"
