@@ -1,20 +1,18 @@
 // A step on the GPU, whatever its rule: one pass over parameters, gradients and states.
 //
-// A block updates one chunk of one tensor (tensor_table.cuh). A warp takes 256 elements of it at a
-// time, which is a block of int8 states, and each lane eight of them, in packs of 16 bytes of the
-// parameter that lie side by side across the warp: two to four loads of each array are in flight.
-// The last elements of a tensor, and all of a misaligned one, are read one by one.
+// A block updates one chunk of one tensor (tensor_table.cuh), a warp one span of it at a time
+// (span.cuh).
 #pragma once
 
 #include <type_traits>
 
 #include "common/warp.cuh"
 #include "optim/optim_math.h"
+#include "optim/span.cuh"
 #include "optim/tensor_table.cuh"
 
 namespace fused {
 
-constexpr int kLaneElements = kQuantBlock / kWarpSize;
 static_assert(kLaneElements == kRandomGroup && kOptimChunk % kQuantBlock == 0);
 
 enum OptimColumn {
@@ -37,68 +35,6 @@ __device__ __forceinline__ double step_of(const void* entry, StepPlace place) {
   if (place == StepPlace::kNone) return 0;
   if (place == StepPlace::kTable) return detail::bit_cast<double>(entry);
   return read_step(entry, place == StepPlace::kDeviceDouble);
-}
-
-// Up to 256 elements of a tensor, and which of them a lane holds.
-struct Span {
-  int64_t begin;
-  int count;
-  bool packed;  // whole and aligned
-  int lane;
-};
-
-// kCount elements of X that are read and written together, by accesses of up to 16 bytes.
-template <typename X, int kCount>
-struct alignas(sizeof(X) * kCount < 16 ? sizeof(X) * kCount : 16) Group {
-  X element[kCount];
-};
-
-// Element j of a lane, counted from the span's begin. kPack elements lie side by side.
-template <int kPack>
-__device__ __forceinline__ int element_of(const Span& span, int j) {
-  return (j / kPack * kWarpSize + span.lane) * kPack + j % kPack;
-}
-
-template <int kPack, typename X>
-__device__ __forceinline__ void load_span(const X* data, const Span& span,
-                                          X (&out)[kLaneElements]) {
-  data += span.begin;
-  if (span.packed) {
-#pragma unroll
-    for (int j = 0; j < kLaneElements; j += kPack) {
-      const auto group =
-          *reinterpret_cast<const Group<X, kPack>*>(data + element_of<kPack>(span, j));
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) out[j + e] = group.element[e];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kLaneElements; ++j) {
-      const int i = element_of<kPack>(span, j);
-      out[j] = i < span.count ? data[i] : X{};
-    }
-  }
-}
-
-template <int kPack, typename X>
-__device__ __forceinline__ void store_span(const X (&values)[kLaneElements], const Span& span,
-                                           X* data) {
-  data += span.begin;
-  if (span.packed) {
-#pragma unroll
-    for (int j = 0; j < kLaneElements; j += kPack) {
-      Group<X, kPack> group;
-#pragma unroll
-      for (int e = 0; e < kPack; ++e) group.element[e] = values[j + e];
-      *reinterpret_cast<Group<X, kPack>*>(data + element_of<kPack>(span, j)) = group;
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kLaneElements; ++j) {
-      const int i = element_of<kPack>(span, j);
-      if (i < span.count) data[i] = values[j];
-    }
-  }
 }
 
 // Where a tensor's data are.

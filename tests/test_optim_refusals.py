@@ -1,0 +1,117 @@
+"""What a step refuses, and that a step which fails changes nothing."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_optim_tensors import CLASSES, OPTIONS, leaf, set_gradients
+from torch import Tensor
+
+import fused
+
+
+def snapshot(params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Any]:
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    return [[p.detach().clone() for p in params], [p._version for p in params], state]
+
+
+def break_grad_shape(params: list[Tensor], state: dict) -> None:
+    params[-1].data = params[-1].data[:2].clone()
+
+
+def break_grad_dtype(params: list[Tensor], state: dict) -> None:
+    params[-1].data = params[-1].data.double()
+
+
+def break_state_shape(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = torch.zeros(99)
+
+
+def break_state_dtype(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = state[params[-1]][name].double()
+
+
+def break_state_type(params: list[Tensor], state: dict) -> None:
+    name = next(n for n in state[params[-1]] if n != "step")
+    state[params[-1]][name] = 0.5
+
+
+def break_overlap(params: list[Tensor], state: dict) -> None:
+    params[-1].data = torch.ones(1).expand(5)
+
+
+REFUSALS = {
+    "grad shape": (break_grad_shape, ValueError, r": grad must have the shape \[2\], got \[5\]"),
+    "grad dtype": (break_grad_dtype, TypeError, r": grad must have the dtype of its parameter"),
+    "state shape": (break_state_shape, ValueError, r" must have the shape \[5\], got \[99\]"),
+    "state dtype": (break_state_dtype, TypeError, r" must have the dtype of its parameter"),
+    "state type": (break_state_type, TypeError, r": state must hold tensors, got float"),
+    "overlap": (break_overlap, ValueError, r": params must not hold one memory location twice"),
+}
+
+
+@pytest.mark.parametrize("num_groups", [1, 2])
+@pytest.mark.parametrize("name", REFUSALS)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_that_fails_changes_nothing(
+    cls: type, name: str, num_groups: int, backend: torch.device
+) -> None:
+    break_it, error, message = REFUSALS[name]
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(3)]
+    groups = [params] if num_groups == 1 else [params[:2], params[2:]]
+    optimizer = cls([{"params": group} for group in groups], **OPTIONS[cls])
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.step()
+    break_it(params, optimizer.state)
+    before = snapshot(params, optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    after = snapshot(params, optimizer)
+    for a, b in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+    assert before[1] == after[1]
+    assert str(before[2]) == str(after[2])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_first_step_that_fails_makes_no_state(cls: type, backend: torch.device) -> None:
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(3)]
+    optimizer = cls([{"params": params[:2]}, {"params": params[2:]}], **OPTIONS[cls])
+    set_gradients(params, 0)
+    break_grad_shape(params, optimizer.state)
+    before = snapshot(params, optimizer)
+    with pytest.raises(ValueError, match="grad must have the shape"):
+        optimizer.step()
+    after = snapshot(params, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+    assert not any(optimizer.state_dict()["state"].values())
+
+
+def test_adam_refuses_sparse_gradients_before_it_touches_anything(backend: torch.device) -> None:
+    dense, table = leaf(torch.ones(3, device=backend)), leaf(torch.ones(4, 2, device=backend))
+    optimizer = fused.Adam([{"params": [dense]}, {"params": [table]}])
+    dense.grad = torch.ones_like(dense)
+    table.grad = torch.ones_like(table).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(dense, torch.ones(3, device=backend))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("cls", [fused.Adam, fused.AdamW])
+def test_a_missing_state_is_named(cls: type, backend: torch.device) -> None:
+    param = leaf(torch.ones(3, device=backend))
+    optimizer = cls([param])
+    set_gradients([param], 0)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = True
+    before = snapshot([param], optimizer)
+    with pytest.raises(KeyError, match="max_exp_avg_sq"):
+        optimizer.step()
+    assert str(snapshot([param], optimizer)) == str(before)
