@@ -138,9 +138,8 @@ def test_a_repeated_run_is_bitwise_equal(name: str, backend: torch.device) -> No
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("name", REPEATED)
-def test_the_number_of_threads_changes_nothing(name: str) -> None:
-    case = next(c for c in CASES if c.name == name)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_number_of_threads_changes_nothing(case: ConvCase) -> None:
     tensors, options = case.make(torch.float32, "cpu")
     grad_out = draw_grad_out(case, tensors, options)
     results = []
@@ -148,7 +147,7 @@ def test_the_number_of_threads_changes_nothing(name: str) -> None:
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(run(functional.conv2d, tensors, options, grad_out))
+            results.append(run(getattr(functional, case.op), tensors, options, grad_out))
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

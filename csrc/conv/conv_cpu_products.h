@@ -121,13 +121,14 @@ struct Products {
   std::vector<Product> list;
   std::vector<int64_t> pixel_source, pixel_row;  // row: of the unit's pixels, times `width`
   std::vector<int64_t> step_source, step_row;    // row: by the StepOrder, times `width`
-  Unit made_for{};
+  Unit made_for{};                               // and the number of channels
+  int64_t made_channels = 0;
 
   // Pixels for which the same taps are inside (corners, edges, the interior) by all their steps:
   // long sums, for the forward pass.
   void by_class(const Correlation& c, const std::vector<AxisRun> (&runs)[3], const Unit& unit,
                 const SourceView& view, const StepOrder& order, int64_t width) {
-    if (serve(unit)) return;
+    if (serve(unit, order)) return;
     for (const AxisRun& z : runs[0]) {
       if (unit.z < z.positions.begin || unit.z >= z.positions.end) continue;
       for (const AxisRun& y : runs[1]) {
@@ -149,7 +150,7 @@ struct Products {
   // sums run over pixels.
   void by_tap(const Correlation& c, const Unit& unit, const SourceView& view,
               const StepOrder& order, int64_t width) {
-    if (serve(unit)) return;
+    if (serve(unit, order)) return;
     for (int64_t w = 0; w < order.taps[0]; ++w) {
       const Span z = inside_span(c, 0, w);
       if (unit.z < z.begin || unit.z >= z.end) continue;
@@ -166,15 +167,16 @@ struct Products {
 
  private:
   static int64_t size(const std::vector<int64_t>& v) { return static_cast<int64_t>(v.size()); }
-  // Whether the products at hand are this unit's too, for offsets are from its first image; else
-  // there are none any more.
-  bool serve(const Unit& unit) {
+  // Whether the products at hand are this unit's too, for offsets are from its first image and
+  // first channel; else there are none any more.
+  bool serve(const Unit& unit, const StepOrder& order) {
     const Unit& m = made_for;
-    if (m.z == unit.z && m.y == unit.y && m.x == unit.x && m.images == unit.images &&
-        m.rows == unit.rows && m.columns == unit.columns) {
+    if (made_channels == order.channels && m.z == unit.z && m.y == unit.y && m.x == unit.x &&
+        m.images == unit.images && m.rows == unit.rows && m.columns == unit.columns) {
       return true;
     }
     made_for = unit;
+    made_channels = order.channels;
     list.clear();
     for (auto* offsets : {&pixel_source, &pixel_row, &step_source, &step_row}) offsets->clear();
     return false;
