@@ -49,6 +49,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (p.maybe_rng != nullptr && row < p.seqlen_q && column < p.seqlen_k) {",
     ): "the row behind the last is never stored",
     (
+        FORWARD,
+        "< to <=",
+        "for (int32_t key_row = keys.begin; key_row < keys.end; key_row += kOther) {",
+    ): "one tile more, of keys that are all hidden: they weigh 0",
+    (
         TILE,
         ">= to >",
         "aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);",
