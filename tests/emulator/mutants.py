@@ -39,6 +39,7 @@ from build_support.emulated import environment
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "mutants"
 VERDICTS = TREE / "verdicts.json"
+DOES_NOT_COMPILE = "does not compile"  # no mutant, then: it counts for nothing
 TIMEOUT = 300  # seconds, building apart; an endless loop is a mutant noticed
 
 # The tests that answer for a file or else its folder, those first that notice most; csrc/common is
@@ -150,7 +151,9 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
     build = [sys.executable, "-m", "build_support.emulated", variant]
     built = subprocess.run(build, cwd=TREE, capture_output=True, text=True, check=False)
     if built.returncode != 0:
-        raise SystemExit(f"the mutant does not compile:\n{built.stdout[-3000:]}")
+        if "error: " not in built.stdout + built.stderr:
+            raise SystemExit(f"{variant}: the build failed\n{built.stdout}{built.stderr}")
+        return False, DOES_NOT_COMPILE
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-k", keyword, "--no-header"]
     command += ["-p", "no:cacheprovider", "-W", "ignore", *tests]
     variables = {**os.environ, **environment(variant)}
@@ -219,12 +222,14 @@ class Verdicts:
         if mutant.digest not in self._killers:
             return "undecided", ""
         killer = self._killers[mutant.digest]
+        if killer == DOES_NOT_COMPILE:
+            return "no program", killer
         return ("SURVIVED", "no test fails") if killer is None else ("killed", killer)
 
 
 def print_table(mutants: Iterable[Mutant], verdicts: Verdicts) -> Counter[str]:
     """Mutants by file and verdict; returns the sums."""
-    words = ("killed", "equivalent", "SURVIVED", "undecided")
+    words = ("killed", "equivalent", "SURVIVED", "undecided", "no program")
     files: dict[str, Counter[str]] = {}
     for mutant in mutants:
         files.setdefault(mutant.path, Counter())[verdicts.on(mutant)[0]] += 1
