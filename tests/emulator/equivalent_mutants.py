@@ -64,6 +64,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return {low, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};",
     ): "equal values, either is chosen",
     (
+        "csrc/optim/update.cuh",
+        "> to >=",
+        "if constexpr (kLast > 1)",
+    ): "tells rules of two states from others: SGD has one, Adam three",
+    (
         ACTIVATION,
         "< to <=",
         "return x < A(0) ? A(0) : x;  // NaN stays",

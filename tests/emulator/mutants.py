@@ -48,7 +48,13 @@ TESTS = {
     "attention": ["tests/test_attention.py", "tests/test_attention_options.py"],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
-    "optim": ["tests/test_optim.py", "tests/test_optim_tensors.py", "tests/test_optim_stock.py"],
+    "optim": [
+        "tests/test_optim.py",
+        "tests/test_optim_options.py",
+        "tests/test_optim_state.py",
+        "tests/test_optim_tensors.py",
+        "tests/test_optim_stock.py",
+    ],
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
     "common": ["tests/test_attention.py", "tests/test_optim.py"],
 }
