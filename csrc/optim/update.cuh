@@ -91,6 +91,7 @@ __device__ __forceinline__ void store_state(const OptimPointers& at, int k, cons
       if (element_of<kPack>(span, j) < span.count && replaces) largest = magnitude;
     }
     const float scale = warp_max(largest);
+    __syncwarp();  // every lane has read the old scale
     if (span.lane == 0) static_cast<float*>(at.scales[k])[span.begin / kQuantBlock] = scale;
 #pragma unroll
     for (int j = 0; j < kLaneElements; ++j) {

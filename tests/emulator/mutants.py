@@ -194,8 +194,8 @@ def killer_of(mutant: Mutant) -> str | None:
         for variant, keyword, files in (
             ("quick", "emulated and float32", tests[:1]),
             ("quick", "emulated", tests),
-            ("races", "emulated and float32", tests[:1]),
-            ("sanitized", "emulated and float32", tests[:1]),
+            ("races", "emulated and float32", tests),
+            ("sanitized", "emulated and float32", tests),
         ):
             passed, killer = run_tests(files, variant, keyword)
             if not passed:
