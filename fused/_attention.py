@@ -98,7 +98,7 @@ def attend(
     need_weights: bool = False,
 ) -> Attended:
     """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
-    query, key, value = _route.autocast(query.device.type, query, key, value)  # type: ignore
+    query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3])
     reason = transform or _unsupported(query, key, value, options.attn_mask, enable_gqa)
     _route.report("attention", query.device, reason)
@@ -290,11 +290,10 @@ def _gradients(
     grads: tuple[Tensor | None, ...]
     if _route.needs_composite_gradients(grad_out, grad_lse):
 
-        def composite(*inputs: Any) -> tuple[Tensor, ...]:
-            constants = options._replace(
-                attn_mask=inputs[3], alibi_slopes=inputs[4], sink=inputs[5]
-            )
-            return attention_composite(*inputs[:3], constants)[:2]  # type: ignore
+        def composite(*inputs: Any) -> tuple[Tensor | None, ...]:
+            q, k, v, mask, slopes, sink = inputs
+            constants = options._replace(attn_mask=mask, alibi_slopes=slopes, sink=sink)
+            return attention_composite(q, k, v, constants)[:2]
 
         inputs = (q, k, v, *options[:3])
         grads = _route.composite_gradients(composite, inputs, (grad_out, grad_lse))
@@ -312,7 +311,7 @@ def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) 
 
 
 @torch.library.register_fake("fused::attention_forward")
-def _(q, k, v, *options):  # type: ignore[no-untyped-def]
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     batch, heads, length = q.shape[:3]
     out = _empty_heads(q, batch, heads, length, v.shape[-1])
@@ -321,8 +320,8 @@ def _(q, k, v, *options):  # type: ignore[no-untyped-def]
 
 
 @torch.library.register_fake("fused::attention_backward")
-def _(grad_out, grad_lse, q, k, v, out, stats, mask, slopes, sink, *options):  # type: ignore
-    *_, needs = options
+def _(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    q, k, v, _, stats, mask, slopes, sink, *_, needs = inputs
     needs_kv = needs[1] or needs[2]
     grads = [
         _empty_heads(t, *t.shape) if needed else t.new_empty(0)

@@ -121,7 +121,7 @@ def _conv(
     op = f"conv{axes}d"
     check_activation(op, activation)
     if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _route.autocast(input.device.type, input, weight, bias)  # type: ignore
+        input, weight, bias = _route.autocast(input.device.type, input, weight, bias)
     reason = _route.composite_reason(input, weight, bias) or _route.unsupported(input, weight, bias)
     _route.report(op, input.device, reason)
     if reason is not None:
@@ -252,7 +252,8 @@ def _memory_format(input: Tensor, weight: Tensor) -> torch.memory_format:
 
 
 @torch.library.register_fake("fused::conv_forward")
-def _(input, weight, bias, stride, padding, dilation, groups, activation, save_pre):  # type: ignore[no-untyped-def]
+def _(input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    stride, padding, dilation, *_, save_pre = options
     axes = len(stride)
     shape = [input.shape[0], weight.shape[0]]
     for axis in range(axes):
@@ -265,7 +266,8 @@ def _(input, weight, bias, stride, padding, dilation, groups, activation, save_p
 
 
 @torch.library.register_fake("fused::conv_backward")
-def _(grad_output, input, weight, saved, stride, padding, dilation, groups, activation, *wanted):  # type: ignore[no-untyped-def]
+def _(grad_output: Tensor, input: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    *_, want_input, want_weight, want_bias = options
     layout = _memory_format(input, weight)
 
     def like(tensor: Tensor, want: bool) -> Tensor:
@@ -275,7 +277,6 @@ def _(grad_output, input, weight, saved, stride, padding, dilation, groups, acti
             tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout
         )
 
-    want_input, want_weight, want_bias = wanted
     grad_bias = weight.new_empty([weight.shape[0] if want_bias else 0])
     return like(input, want_input), like(weight, want_weight), grad_bias
 

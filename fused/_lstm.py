@@ -229,20 +229,22 @@ def _empty_unless(needed: bool, like: Tensor, *shape: int) -> Tensor:
 
 
 @torch.library.register_fake("fused::lstm_cell_forward")
-def _(input, h, c, w_ih, w_hh, b_ih, b_hh):  # type: ignore[no-untyped-def]
+def _(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) -> tuple[Tensor, ...]:
     batch, hidden = c.shape
     return c.new_empty(c.shape), c.new_empty(c.shape), c.new_empty(batch, 4 * hidden)
 
 
 @torch.library.register_fake("fused::lstm_cell_backward")
-def _(grad_h_next, grad_c_next, input, h, c, w_ih, w_hh, c_next, gates, needs):  # type: ignore[no-untyped-def]
-    tensors = (input, h, c, w_ih, w_hh)
+def _(grad_h_next: Tensor, grad_c_next: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, _, _, needs = inputs
+    input, _, c, *_ = tensors
     grads = [_empty_unless(n, t, *t.shape) for t, n in zip(tensors, needs[:5], strict=True)]
     return (*grads, _empty_unless(needs[5], input, 4 * c.shape[1]))
 
 
 @torch.library.register_fake("fused::lstm_layer_forward")
-def _(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):  # type: ignore[no-untyped-def]
+def _(input: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *_, w_hr, _, _ = rest
     hidden_size = c0.shape[1]
     rows = input.shape[0] if input.dim() == 2 else input.shape[0] * input.shape[1]
     output = input.new_empty(*input.shape[:-1], h0.shape[1])
@@ -252,9 +254,9 @@ def _(input, h0, c0, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes, reverse):  # typ
 
 
 @torch.library.register_fake("fused::lstm_layer_backward")
-def _(grad_output, grad_h_n, grad_c_n, input, h0, c0, w_ih, w_hh, w_hr, *rest):  # type: ignore[no-untyped-def]
-    needs = rest[-1]
-    tensors = (input, h0, c0, w_ih, w_hh)
+def _(grad_output: Tensor, grad_h_n: Tensor, grad_c_n: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    tensors, (w_hr, *_, needs) = inputs[:5], inputs[5:]
+    input, _, c0, *_ = tensors
     grads = [_empty_unless(n, t, *t.shape) for t, n in zip(tensors, needs[:5], strict=True)]
     bias = _empty_unless(needs[5], input, 4 * c0.shape[1])
     projection = (0,) if w_hr is None else w_hr.shape

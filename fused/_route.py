@@ -16,13 +16,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fused import _load
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVarTuple, Unpack
+
+    _Tensors = TypeVarTuple("_Tensors")
 
 _kernels: ModuleType = _load.load()
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
@@ -132,7 +137,7 @@ def needs_composite_gradients(*grad_outputs: Tensor | None) -> bool:
 
 
 def composite_gradients(
-    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    function: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: Sequence[Any],
     grad_outputs: Sequence[Tensor | None],
 ) -> tuple[Tensor | None, ...]:
@@ -149,7 +154,7 @@ def composite_gradients(
         pairs = [
             (out, grad)
             for out, grad in zip(outputs, grad_outputs, strict=True)
-            if grad is not None and out.requires_grad
+            if grad is not None and out is not None and out.requires_grad
         ]
         wanted = [x for x in views if isinstance(x, Tensor) and x.requires_grad]
         grads = iter(
@@ -164,25 +169,30 @@ def composite_gradients(
     return tuple(next(grads) if isinstance(x, Tensor) and x.requires_grad else None for x in views)
 
 
-def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def autocast(device_type: str, *tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:
     """Casts to autocast's low-precision dtype where it is on, as PyTorch's own ops do.
 
     Float64 tensors and those that are not floating stay as they are. Eager casts of parameters come
-    from autocast's cache, so that a cell that runs at every step casts its weights once.
+    from autocast's cache, so that a cell that runs at every step casts its weights once. Any of
+    `tensors` may be None.
     """
     if not (
         torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     ):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    if is_traced(*tensors):
-        return tuple(
-            t.to(dtype)
-            if t is not None and t.is_floating_point() and t.dtype != torch.float64
-            else t
-            for t in tensors
-        )
-    return tuple(t if t is None else _kernels.autocast_cast(t, dtype) for t in tensors)
+    given = cast("tuple[Tensor | None, ...]", tensors)
+    traced = is_traced(*given)
+    result = tuple(t if t is None else _cast(t, dtype, traced) for t in given)
+    return cast("tuple[Unpack[_Tensors]]", result)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, traced: bool) -> Tensor:
+    if not traced:
+        result: Tensor = _kernels.autocast_cast(tensor, dtype)
+        return result
+    castable = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

@@ -116,4 +116,4 @@ def only_kernels(optimizer: torch.optim.Optimizer) -> None:
     def refuse(group: Any) -> None:
         raise AssertionError("the step took the composite path")
 
-    optimizer._composite_step = refuse  # type: ignore[attr-defined]
+    optimizer._composite_step = refuse

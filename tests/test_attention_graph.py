@@ -12,6 +12,7 @@ from fused._attention import make_options
 from fused._attention_composite import Options
 from fused.functional import scaled_dot_product_attention
 from fused.testing.cases.attention import CASES, AttentionCase
+from fused.testing.dispatch import OperatorLog
 
 SMALL = [
     AttentionCase("small", 1, 2, 1, rows=3, keys=4, head_dim=3, head_dim_v=2, mask="bool [S, T]")
@@ -224,22 +225,15 @@ def test_exported_module() -> None:
 
 def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    log = OperatorLog()
     q = torch.randn(1, 2, 3, 4, requires_grad=True)
-    with Watch():
+    with log:
         scaled_dot_product_attention(q, q, q).sum().backward()
-    assert "fused.attention_forward.default" in seen
-    assert "fused.attention_backward.default" in seen
+    assert "fused.attention_forward.default" in log.names
+    assert "fused.attention_backward.default" in log.names
     inputs, options = double_inputs(SMALL[0])
-    with Watch():
+    with log:
         assert torch.autograd.gradgradcheck(
             lambda *qkv: scaled_dot_product_attention(*qkv, **options), inputs
         )

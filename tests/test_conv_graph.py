@@ -17,6 +17,7 @@ import fused
 from fused import functional
 from fused.testing import assert_as_accurate_as_stock
 from fused.testing.cases.conv import ACTIVATIONS, CASES, ConvCase
+from fused.testing.dispatch import OperatorLog
 
 MODULES = [
     (fused.Conv1d, nn.Conv1d, (9,)),
@@ -133,19 +134,11 @@ def test_gradients_in_a_batch() -> None:
 
 
 def test_dispatch_modes_see_the_registered_op() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    seen: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    log = OperatorLog()
     x, w = torch.randn(1, 2, 6, requires_grad=True), torch.randn(3, 2, 3, requires_grad=True)
-    with Watch():
+    with log:
         functional.conv1d(x, w, activation="gelu").sum().backward()
-    assert "fused.conv_forward.default" in seen and "fused.conv_backward.default" in seen
+    assert "fused.conv_forward.default" in log.names and "fused.conv_backward.default" in log.names
 
 
 def test_the_profiler_names_the_kernels() -> None:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused import _lstm
 from fused.functional import lstm_cell
 from fused.testing.cases.lstm import LSTMCase, LSTMCellCase
+from fused.testing.dispatch import OperatorLog
 
 LAYERS = [
     LSTMCase("plain", steps=3, batch=2, input_size=2, hidden_size=3),
@@ -62,24 +62,18 @@ def test_cell_derivatives(bias: str, backend: torch.device) -> None:
 @pytest.mark.parametrize("function", ["cell", "layer"])
 def test_derivatives_under_a_dispatch_mode(function: str) -> None:
     """There the registered ops run, which have derivatives beyond the first too."""
-    seen: list[str] = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    log = OperatorLog()
     device = torch.device("cpu")
     if function == "cell":
         case = LSTMCellCase("", batch=2, input_size=3, hidden_size=3)
         call, inputs = as_function(cell, case.make(torch.float64, device), {})
     else:
         call, inputs = as_function(_lstm.lstm_layer, *LAYERS[3].make(torch.float64, device))
-    with Watch():
+    with log:
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
     for op in ("forward", "backward"):
-        assert f"fused.lstm_{function}_{op}.default" in seen
+        assert f"fused.lstm_{function}_{op}.default" in log.names
 
 
 def test_gradients_with_create_graph_are_the_kernels(backend: torch.device) -> None:
@@ -264,20 +258,13 @@ def test_modules_export(name: str) -> None:
 
 def test_fake_tensors_and_dispatch_modes_see_the_op() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils._python_dispatch import TorchDispatchMode
 
-    seen: list[str] = []
-
-    class Log(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
-            seen.append(str(func))
-            return func(*args, **(kwargs or {}))
-
+    log = OperatorLog()
     module, x = fused.LSTM(3, 4), torch.randn(5, 2, 3)
-    with Log():
+    with log:
         module(x)[0].sum().backward()
-    assert "fused.lstm_layer_forward.default" in seen
-    assert "fused.lstm_layer_backward.default" in seen
+    assert "fused.lstm_layer_forward.default" in log.names
+    assert "fused.lstm_layer_backward.default" in log.names
     with FakeTensorMode():
         module = fused.LSTM(3, 4, batch_first=True)
         output, (h_n, _) = module(torch.empty(2, 5, 3))

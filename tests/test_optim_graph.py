@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
+from fused.testing.dispatch import OperatorLog
 
 CLASSES = [fused.Adam, fused.AdamW, fused.SGD]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -68,16 +68,6 @@ def test_compiled_step(cls: type) -> None:
         assert torch.equal(a, b)
 
 
-class Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.ops.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("cls, options", CASES)
 def test_a_dispatch_mode_sees_the_op(cls: type, options: dict[str, Any]) -> None:
     plain, watched = make(cls, options), make(cls, options)
@@ -87,10 +77,10 @@ def test_a_dispatch_mode_sees_the_op(cls: type, options: dict[str, Any]) -> None
             if optimizer is plain[1]:
                 optimizer.step()
                 continue
-            with Recorder() as recorder:
+            with OperatorLog() as log:
                 optimizer.step()
             op = "fused.sgd_.default" if cls is fused.SGD else "fused.adam_.default"
-            assert recorder.ops.count(op) == 1
+            assert log.names.count(op) == 1
     for a, b in zip(everything(*plain), everything(*watched), strict=True):
         assert torch.equal(a, b)
 

@@ -21,7 +21,7 @@ def encoder(**options: object) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, 2)
 
 
-def launches(function, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def launches(function, *args, **kwargs) -> int:
     """How many attention kernels a call starts, by the profiler."""
     with torch.profiler.profile() as profile:
         function(*args, **kwargs)

@@ -121,6 +121,7 @@ def _conv(
             out_channels, kernel, padding=kernel // 2, groups=groups))  # fmt: skip
         if layout == "NHWC":
             x = x.contiguous(memory_format=torch.channels_last)
+            # torch's stub knows no `to` for a memory format alone.
             layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if pool:
             layer = nn.Sequential(layer, nn.MaxPool2d(2))

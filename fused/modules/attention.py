@@ -204,6 +204,7 @@ class Attention(nn.MultiheadAttention):
         """Stock's errors for bad input, in stock's wording."""
         if query.dim() == 3 and self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        # Private, and so in no stub.
         check = F._mha_shape_check  # type: ignore[attr-defined]
         check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):

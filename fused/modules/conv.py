@@ -52,6 +52,7 @@ class _ActivatedConv:
         )
 
     def extra_repr(self) -> str:
+        # A mixin: the method is that of the stock class beside it.
         text: str = super().extra_repr()  # type: ignore[misc]
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
 

@@ -156,7 +156,7 @@ class _ParameterStep:
             finally:
                 optimizer.param_groups = groups
             # For schedulers, which warn where they see no step before theirs.
-            optimizer._opt_called = True  # type: ignore[attr-defined]
+            optimizer._opt_called = True
 
     def __reduce__(self) -> tuple[type[_Lost], tuple[()]]:
         # As an attribute of the parameter it is pickled with a model; hooks are not.

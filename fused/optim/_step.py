@@ -84,6 +84,10 @@ class FusedStep(KeptStates):
 
     # GradScaler leaves unscaling and skipping to the step itself.
     _step_supports_amp_scaling = True
+    # What learning-rate schedulers look at, to warn where no step came before theirs.
+    _opt_called: bool
+    # What help() and inspect show: stock's parameters and ours.
+    __signature__: inspect.Signature
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -92,7 +96,7 @@ class FusedStep(KeptStates):
         defaults = inspect.signature(StepOptions).parameters.values()
         extras = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in defaults]
         parameters = [*of_stock.parameters.values(), *extras]
-        cls.__signature__ = of_stock.replace(parameters=parameters)  # type: ignore[attr-defined]
+        cls.__signature__ = of_stock.replace(parameters=parameters)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         given = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}

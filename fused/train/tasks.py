@@ -211,6 +211,7 @@ class LanguageTask(Task):
     def sample(self, model: nn.Module, device: torch.device) -> str:
         prompt = torch.tensor([list(b"def ")], device=device)
         generator = torch.Generator(device=device).manual_seed(self.seed)
+        # A language model, maybe in torch.compile's wrapper, whose class does not show the method.
         drawn = model.generate(prompt, 240, temperature=0.7, generator=generator)[0]  # type: ignore[operator]
         return bytes(drawn.tolist()).decode("utf-8", errors="replace")
 
