@@ -10,8 +10,8 @@ import torch
 import fused
 from fused.__main__ import main
 from fused._report.text import count, duration, table, three_digits
+from fused.bench import attention_cases, command, measure, optim_cases, results
 from fused.bench import cases as case_list
-from fused.bench import command, measure, optim_cases, results
 from fused.bench.case import Case, Workbench, forward_backward
 from fused.bench.measure import check, interleave, main_kernel, run_case
 
@@ -73,7 +73,11 @@ def test_contenders_start_from_the_same_values(dtype):
 
 
 SMALL = {
-    "attention": lambda: case_list._attention(1, 16, mask="boolean", backward=True),
+    "attention": lambda: attention_cases._attention(1, 16, mask="boolean", backward=True),
+    "window": lambda: attention_cases._attention(1, 16, mask="window", backward=True),
+    "additive": lambda: attention_cases._attention(1, 16, mask="additive"),
+    "decode": lambda: attention_cases._attention(1, 1, keys=16),
+    "attention module": lambda: attention_cases._module(1, 4, 16, backward=True),
     "conv": lambda: case_list._conv((1, 4, 8, 8), 4, 3, layout="NHWC", backward=True),
     "depthwise": lambda: case_list._conv((1, 4, 8), 4, 3, depthwise=True, backward=True),
     "lstm_cell": lambda: case_list._lstm_cell(2, 8, backward=True),

@@ -75,6 +75,10 @@ class Case:
         return self.build(Workbench("stock", device, self.dtype, exact=True))
 
 
+def direction(backward: bool) -> str:
+    return "fwd+bwd" if backward else "fwd"
+
+
 def forward_only(function: Callable[[], Tensor]) -> Runnable:
     def run() -> Sequence[Tensor]:
         with torch.no_grad():

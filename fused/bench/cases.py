@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 import fused
-from fused.bench.case import Case, Runnable, Workbench, forward_backward, forward_only
+from fused.bench.attention_cases import attention_cases
+from fused.bench.case import (
+    Case,
+    Runnable,
+    Workbench,
+    direction,
+    forward_backward,
+    forward_only,
+)
 from fused.bench.optim_cases import optim_cases
 from fused.models._layers import StockConv2d
 
@@ -23,77 +29,11 @@ F32, BF16 = torch.float32, torch.bfloat16
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    return (*_attention_cases(), *_conv_cases(), *_lstm_cases(), *optim_cases())
+    return (*attention_cases(), *_conv_cases(), *_lstm_cases(), *optim_cases())
 
 
 def cases(op: str) -> list[Case]:
     return [case for case in all_cases() if case.op == op]
-
-
-def _direction(backward: bool) -> str:
-    return "fwd+bwd" if backward else "fwd"
-
-
-# Attention
-
-
-def _attention(
-    batch: int,
-    length: int,
-    *,
-    dtype: torch.dtype = F32,
-    mask: Literal["full", "causal", "boolean"] = "full",
-    backward: bool = False,
-    heads: int = 8,
-    heads_kv: int = 8,
-    head_dim: int = 64,
-    quick: bool = False,
-) -> Case:
-    def build(bench: Workbench) -> Runnable:
-        # As a model has them: [B, S, H, D] in memory, seen as [B, H, S, D].
-        q, k, v, grad = (
-            bench.tensor(batch, length, h, head_dim).transpose(1, 2).requires_grad_(backward)
-            for h in (heads, heads_kv, heads_kv, heads)
-        )
-        options: dict[str, Any] = {"is_causal": mask == "causal"}
-        if mask == "boolean":
-            options["attn_mask"] = _padding_mask(batch, length, bench.device)
-        if heads != heads_kv:
-            options["enable_gqa"] = True
-        functions = F if bench.layers == "stock" else fused.functional
-        attention = bench.function(functions.scaled_dot_product_attention)
-
-        def attend() -> torch.Tensor:
-            return attention(q, k, v, **options)
-
-        return forward_backward(attend, (q, k, v), grad) if backward else forward_only(attend)
-
-    shape = f"{batch}x{heads}{'' if heads == heads_kv else f'/{heads_kv}'}x{length}x{head_dim}"
-    # Two products forward, five more backward; a causal mask leaves half of each.
-    products = 7 if backward else 2
-    work = products * 2 * batch * heads * length**2 * head_dim / (2 if mask == "causal" else 1)
-    name = f"attention {shape} {mask} {_direction(backward)}"
-    return Case("attention", name, dtype, build, work, "GFLOP/s", quick)
-
-
-def _padding_mask(batch: int, length: int, device: torch.device) -> torch.Tensor:
-    """True where a query may look: every row of the batch ends at another place."""
-    ends = torch.linspace(length // 2, length, batch, device=device).long()
-    return (torch.arange(length, device=device) < ends[:, None])[:, None, None, :]
-
-
-def _attention_cases() -> Iterator[Case]:
-    for dtype, backward in itertools.product((F32, BF16), (False, True)):
-        yield _attention(4, 512, dtype=dtype, mask="causal", backward=backward, quick=True)
-        yield _attention(1, 2048, dtype=dtype, mask="full", backward=backward)
-        yield _attention(1, 2048, dtype=dtype, mask="causal", backward=backward)
-    yield _attention(2, 1024, mask="causal")
-    for backward in (False, True):
-        yield _attention(4, 512, mask="boolean", backward=backward)
-        yield _attention(2, 1024, mask="causal", heads_kv=2, backward=backward)
-        yield _attention(
-            2, 1024, mask="causal", heads=4, heads_kv=4, head_dim=128, backward=backward
-        )
 
 
 # Convolution
@@ -140,8 +80,8 @@ def _conv(
     kind = f"{'depthwise ' if depthwise else ''}conv{len(space)}d"
     target = "" if depthwise else f" to {out_channels}"
     extras = "".join((f"+{activation}" if activation else "", "+max-pool" if pool else ""))
-    direction = _direction(backward)
-    words = (kind, dims + target, f"k{kernel}", layout, extras, direction)
+    way = direction(backward)
+    words = (kind, dims + target, f"k{kernel}", layout, extras, way)
     name = " ".join(word for word in words if word)
     if depthwise:  # bound by memory: input, output and, backward, their gradients
         moved = dtype.itemsize * pixels * (channels + out_channels) * (3 if backward else 1)
@@ -197,7 +137,7 @@ def _lstm_cell(batch: int, size: int, *, backward: bool = False, quick: bool = F
         return forward_backward(step, (x, h, c, *cell.parameters()), grad)
 
     work = 2 * batch * 4 * size * 2 * size * (3 if backward else 1)
-    name = f"LSTMCell {batch}x{size} {_direction(backward)}"
+    name = f"LSTMCell {batch}x{size} {direction(backward)}"
     return Case("lstm", name, F32, build, work, "GFLOP/s", quick)
 
 
@@ -236,7 +176,7 @@ def _lstm(
     work = 2 * steps * batch * products * (3 if backward else 1)
     kind = "bidirectional LSTM" if bidirectional else "LSTM"
     layers = "" if num_layers == 1 else f" {num_layers} layers"
-    name = f"{kind} {steps}x{batch}x{size}{layers} {_direction(backward)}"
+    name = f"{kind} {steps}x{batch}x{size}{layers} {direction(backward)}"
     return Case("lstm", name, dtype, build, work, "GFLOP/s", quick)
 
 
