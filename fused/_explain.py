@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,12 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
                 listener(name, group["params"][0].device, owner.composite_reason(group))
         return Explanation(tuple(decisions))
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, mode.from_tensor, (args, kwargs))
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # slow to import
+
+    # The shape environment lets a fake tensor answer item(), as packed sequences need.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fake = functools.partial(mode.from_tensor, static_shapes=True)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
     with mode, _route.listen(listener):
         function(*args, **kwargs)
     return Explanation(tuple(decisions))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pack_sequence
 
 import fused
 from fused import functional
@@ -49,6 +50,16 @@ def test_a_module_and_a_function_without_ops() -> None:
     with_weights = fused.explain(module, x, x, x)  # a drop-in that asks for them without using them
     assert len(with_weights.paths) == 1 and with_weights.paths[0].startswith("CPU kernel")
     assert str(fused.explain(torch.sin, x)) == "no op of fused was called"
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+def test_a_packed_sequence(enforce_sorted: bool, with_state: bool) -> None:
+    module = fused.LSTM(3, 4, num_layers=2, bidirectional=True, proj_size=2)
+    packed = pack_sequence([torch.randn(n, 3) for n in (5, 3, 2)], enforce_sorted=enforce_sorted)
+    state = [torch.zeros(4, 3, 2), torch.zeros(4, 3, 4)] if with_state else None
+    paths = fused.explain(module, packed, state).paths
+    assert len(paths) == 4 and all(path.startswith("CPU kernel") for path in paths)
 
 
 def test_the_layers_run_kernels() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree as pytree
 
 import fused
@@ -242,6 +242,25 @@ def test_a_compiled_module_with_a_packed_sequence() -> None:
     for sizes in ([3, 3, 1], [3, 2, 2, 1]):
         args = (torch.randn(sum(sizes), 3), torch.tensor(sizes), *state)
         torch.testing.assert_close(compiled(*args), module(*args))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_compiled_module_with_a_packed_sequence_and_no_state(ordered: bool) -> None:
+    """A sequence whose order is known tells the batch's size by it, and asks for no data."""
+    module = fused.LSTM(3, 4)
+
+    def run(data: Tensor, *rest: Tensor) -> Tensor:
+        output, (h_n, c_n) = module(PackedSequence(data, *rest))
+        return output.data.sum() + h_n.sum() + c_n.sum()
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=ordered):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for lengths in ([4, 2, 1], [5, 5, 3]):
+            batch = [torch.randn(n, 3) for n in (lengths if ordered else lengths[::-1])]
+            packed = pack_sequence(batch, enforce_sorted=ordered)
+            args = [t for t in packed if t is not None]
+            torch.testing.assert_close(compiled(*args), run(*args))
 
 
 @pytest.mark.parametrize("name", ["cell", "lstm with state", "all options"])

@@ -105,10 +105,12 @@ class LSTM(nn.RNNBase):
     ) -> tuple[PackedSequence, _State]:
         data, batch_sizes, sorted_indices, unsorted_indices = packed
         if hx is None:
-            hx = self._zero_state(data, int(batch_sizes[0]))
+            # A graph that knows the order's length need not ask what batch_sizes holds.
+            batch = batch_sizes[0].item() if sorted_indices is None else sorted_indices.shape[0]
+            hx = self._zero_state(data, batch)
         else:
             hx = self.permute_hidden(hx, sorted_indices)
-        if not torch.compiler.is_compiling():  # a graph does not know what batch_sizes holds
+        if not _route.is_traced(data, batch_sizes):  # nobody knows what batch_sizes holds
             self.check_forward_args(data, hx, batch_sizes)
         output, h_n, c_n = self._layers(data, hx, batch_sizes)
         result = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
