@@ -44,6 +44,8 @@ def lstm_cell(
         tensors = _route.autocast(input.device.type, *tensors)
         reason = unsupported(*tensors)
     _route.report("lstm_cell", input.device, reason)
+    if _route.is_transformed():  # stock's cell adds in place, which vmap over weights refuses
+        return lstm_cell_composite(input, h, c, w_ih, w_hh, b_ih, b_hh)
     if reason is not None:
         return torch.lstm_cell(input, (h, c), w_ih, w_hh, b_ih, b_hh)
     if _route.is_traced(*tensors):

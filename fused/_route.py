@@ -65,13 +65,14 @@ def is_traced(*tensors: Tensor | None) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether a torch.func transform is active: tensors may have no data of their own.
-
-    torch.compile cannot answer while it traces, and is told no.
-    """
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a torch.func transform is active: tensors may have no data of their own."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+# torch.compile cannot trace that call, and need not: it enters a transform while it traces, and
+# guards what is active outside. The decorator, torch.compiler.assume_constant_result, would import
+# the compiler here.
+vars(is_transformed)["_dynamo_marked_constant"] = True
 
 
 def composite_reason(*tensors: Tensor | None) -> str | None:

@@ -107,7 +107,7 @@ class LSTM(nn.RNNBase):
         if hx is None:
             # A graph that knows the order's length need not ask what batch_sizes holds.
             batch = batch_sizes[0].item() if sorted_indices is None else sorted_indices.shape[0]
-            hx = self._zero_state(data, batch)
+            hx = self._zero_state(data, cast("int", batch))
         else:
             hx = self.permute_hidden(hx, sorted_indices)
         if not _route.is_traced(data, batch_sizes):  # nobody knows what batch_sizes holds
