@@ -102,9 +102,10 @@ def test_shared_memory_is_each_blocks_own_and_nan_at_first(run_case: RunCase, th
     assert run_case("static_shared_kernel", out, threads=threads) is None
     sums = [sum(range(block, block + 64)) for block in range(8)]
     np.testing.assert_array_equal(out, np.repeat(sums, 64))
-    floats = np.zeros(8 * 64, dtype=np.float32)
-    assert run_case("fresh_shared_memory_kernel", floats, threads=threads) is None
-    assert np.isnan(floats).all()
+    for name in ("fresh_shared_memory_kernel", "fresh_static_shared_kernel"):
+        floats = np.zeros(8 * 64, dtype=np.float32)
+        assert run_case(name, floats, threads=threads) is None
+        assert np.isnan(floats).all()
 
 
 def test_thread_orders(run_case: RunCase) -> None:
@@ -251,6 +252,9 @@ def test_launch_limits(run_case: RunCase) -> None:
     assert "65536 bytes of shared memory, asked for 70000" in str(
         run_case("too much shared memory", out)
     )
+    assert "65536 bytes of shared memory, asked for 65537" in str(
+        run_case("too much shared memory, part of it static", out)
+    )
     assert "(2147483647, 65535, 65535) blocks" in str(run_case("too many rows", out))
     assert run_case("no blocks", out) is None
 
@@ -319,6 +323,7 @@ def test_races_are_found_in_every_order(
         "pairs_of_warps_kernel<true>",
         "producer_kernel",
         "static_shared_kernel",
+        "fresh_static_shared_kernel",
         "shared_atomics_kernel",
         "fresh_shared_memory_kernel",
         "atomics_kernel",

@@ -42,6 +42,7 @@ std::string BlockRunner::run(const Launch& launch, dim3 block_index, uint64_t bl
   ready_.reset(settings.order, settings.seed, block_rank, num_threads_);
   reset_threads();
   fill_shared_memory();
+  fill_static_shared_memory();
   races_begin_block(stacks_, launch.shared_bytes, block_rank);
 
   BlockRunner* const outer_runner = current_runner;
@@ -98,6 +99,15 @@ void BlockRunner::fill_shared_memory() {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(view_.shared + bytes, kGuardBytes);
 #endif
+}
+
+void BlockRunner::fill_static_shared_memory() {
+  const std::vector<Range>& variables = kernel_at(launch_->kernel).static_shared;
+  if (variables.empty()) return;
+  const uintptr_t begin = this_threads_variables().begin;
+  for (const Range& variable : variables) {
+    std::memset(reinterpret_cast<void*>(begin + variable.begin), kUndefined, variable.size);
+  }
 }
 
 void BlockRunner::check_shared_memory_guard() {

@@ -70,6 +70,7 @@ class BlockRunner {
   static void fiber_main();
   void reset_threads();
   void fill_shared_memory();
+  void fill_static_shared_memory();
   void check_shared_memory_guard();
   void check_named_barriers();
   void suspend();

@@ -35,7 +35,25 @@ std::vector<std::string> instances_of(const std::vector<std::string>& names);
 
 void count_launch(const void* kernel);
 
-// The name of the function at an address, from the symbol table of the file that holds it.
-std::string kernel_name(const void* kernel);
+struct Range {
+  uintptr_t begin = 0;
+  size_t size = 0;
+};
+
+// What the symbol table of its file tells of the kernel at an address.
+struct Kernel {
+  std::string name;
+  std::vector<Range> static_shared;  // within this_threads_variables()
+  size_t static_shared_bytes() const {
+    size_t bytes = 0;
+    for (const Range& variable : static_shared) bytes += variable.size;
+    return bytes;
+  }
+};
+const Kernel& kernel_at(const void* address);
+inline const std::string& kernel_name(const void* kernel) { return kernel_at(kernel).name; }
+
+// Where the thread_local variables of this library lie in the calling thread.
+Range this_threads_variables();
 
 }  // namespace fused::emulator

@@ -64,9 +64,10 @@ std::string refusal(const Launch& launch, const Settings& settings) {
            std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
            ")";
   }
-  if (launch.shared_bytes > settings.shared_limit) {
+  const size_t bytes = launch.shared_bytes + kernel_at(launch.kernel).static_shared_bytes();
+  if (bytes > settings.shared_limit) {
     return "a block may have " + std::to_string(settings.shared_limit) +
-           " bytes of shared memory, asked for " + std::to_string(launch.shared_bytes);
+           " bytes of shared memory, asked for " + std::to_string(bytes);
   }
   return "";
 }

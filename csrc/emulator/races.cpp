@@ -12,7 +12,6 @@
 #include "emulator/races.h"
 
 #include <dlfcn.h>
-#include <link.h>
 
 #include <algorithm>
 #include <array>
@@ -22,6 +21,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "emulator/control.h"
 #include "emulator/fiber.h"
 #include "emulator/thread_clocks.h"
 
@@ -71,30 +71,6 @@ class Page {
   size_t bytes_per_cell_ = kWidestAccess;
   std::vector<Cell> cells_ = std::vector<Cell>(kPageBytes / kWidestAccess);
 };
-
-struct Range {
-  uintptr_t begin = 0;
-  size_t size = 0;
-};
-
-// Where the thread_local variables of this library lie in the calling thread: `__shared__` makes
-// one of each static shared variable.
-Range this_threads_variables() {
-  Range found;
-  const auto note = [](dl_phdr_info* library, size_t, void* found) {
-    Dl_info self;
-    dladdr(reinterpret_cast<void*>(&this_threads_variables), &self);
-    if (reinterpret_cast<uintptr_t>(self.dli_fbase) != library->dlpi_addr) return 0;
-    for (int i = 0; i < library->dlpi_phnum; ++i) {
-      if (library->dlpi_phdr[i].p_type != PT_TLS) continue;
-      *static_cast<Range*>(found) = {reinterpret_cast<uintptr_t>(library->dlpi_tls_data),
-                                     library->dlpi_phdr[i].p_memsz};
-    }
-    return 1;
-  };
-  dl_iterate_phdr(note, &found);
-  return found;
-}
 
 class Races {
  public:

@@ -51,6 +51,15 @@ __global__ void static_shared_kernel(int* out) {
   out[blockIdx.x * 64 + threadIdx.x] = sum;
 }
 
+__global__ void fresh_static_shared_kernel(float* out) {
+  __shared__ float tile[64];
+  __shared__ double sum;
+  out[blockIdx.x * blockDim.x + threadIdx.x] = tile[threadIdx.x] + float(sum);
+  __syncthreads();
+  tile[threadIdx.x] = 1.0f;
+  if (threadIdx.x == 0) sum = 1;
+}
+
 __global__ void fresh_shared_memory_kernel(float* out) {
   float* tile = shared_memory<float>();
   out[blockIdx.x * blockDim.x + threadIdx.x] = tile[threadIdx.x];
@@ -275,6 +284,7 @@ const Case kCases[] = {
     FUSED_CASE(producer_kernel, int, 1, 96, 128),
     FUSED_CASE(race_after_arrival, int, 1, 64, 128),
     FUSED_CASE(static_shared_kernel, int, 8, 64),
+    FUSED_CASE(fresh_static_shared_kernel, float, 8, 64),
     FUSED_CASE(fresh_shared_memory_kernel, float, 8, 64, 256),
     FUSED_CASE(order_kernel, int, 1, 100),
     FUSED_CASE(shuffles_kernel, int, 1, 32),
@@ -312,6 +322,8 @@ const Case kCases[] = {
     {"too many threads", [](void* out) { return run_on<empty_kernel, 1, 1025>((int*)out); }},
     {"too much shared memory",
      [](void* out) { return run_on<empty_kernel, 1, 32, 70000>((int*)out); }},
+    {"too much shared memory, part of it static",
+     [](void* out) { return run_on<static_shared_kernel, 1, 32, 65536 - 259>((int*)out); }},
     {"no blocks", [](void* out) { return run_on<bad_exit_before_barrier, 0, 32>((int*)out); }},
     {"too many rows",
      [](void* out) { return launch(empty_kernel, dim3(1, 65536), 1, 0, nullptr, (int*)out); }},

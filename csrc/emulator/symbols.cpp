@@ -1,5 +1,6 @@
-// Kernel names without a macro around every kernel: a kernel is a hidden function, so the dynamic
-// linker does not know its name, but the file that it was loaded from does, in its symbol table.
+// What the symbol table of a kernel's own file tells, without a macro around every kernel: its name
+// (a kernel is a hidden function, so the dynamic linker does not know it), and its static shared
+// variables (simt.h makes thread_local ones of them).
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -18,8 +19,10 @@
 namespace fused::emulator {
 namespace {
 
-// Mangled names by address relative to where the file is loaded.
-using Symbols = std::unordered_map<uintptr_t, std::string>;
+struct Symbols {
+  std::unordered_map<uintptr_t, std::string> functions;  // mangled, by address within the file
+  std::unordered_map<std::string, Range> thread_locals;  // by mangled name; within their block
+};
 
 template <class T>
 const T* view_at(const std::vector<char>& file, size_t offset, size_t count = 1) {
@@ -43,8 +46,13 @@ Symbols read_symbols(const char* path) {
     const auto* names = view_at<char>(file, strings.sh_offset, strings.sh_size);
     if (!entries || !names) continue;
     for (size_t s = 0; s < count; ++s) {
-      if ((entries[s].st_info & 0xf) != STT_FUNC || entries[s].st_name >= strings.sh_size) continue;
-      symbols.emplace(entries[s].st_value, names + entries[s].st_name);
+      if (entries[s].st_name >= strings.sh_size) continue;
+      const char* const name = names + entries[s].st_name;
+      const int type = entries[s].st_info & 0xf;
+      if (type == STT_FUNC) symbols.functions.emplace(entries[s].st_value, name);
+      if (type == STT_TLS) {
+        symbols.thread_locals.emplace(name, Range{entries[s].st_value, entries[s].st_size});
+      }
     }
   }
   return symbols;
@@ -86,36 +94,60 @@ const Symbols& symbols_of(const char* path) {
   return file->second;
 }
 
-std::string look_up(const void* kernel) {
+Kernel look_up(const void* kernel) {
   Dl_info info;
-  if (!dladdr(kernel, &info) || !info.dli_fname) return "unknown kernel";
+  if (!dladdr(kernel, &info) || !info.dli_fname) return {"unknown kernel", {}};
   const Symbols& symbols = symbols_of(info.dli_fname);
   // An executable that is not position-independent is linked to absolute addresses.
   const auto address = reinterpret_cast<uintptr_t>(kernel);
   const auto base = reinterpret_cast<uintptr_t>(info.dli_fbase);
   for (const uintptr_t key : {address - base, address}) {
-    const auto symbol = symbols.find(key);
-    if (symbol != symbols.end()) return without_signature(demangled(symbol->second));
+    const auto symbol = symbols.functions.find(key);
+    if (symbol == symbols.functions.end()) continue;
+    Kernel found{without_signature(demangled(symbol->second)), {}};
+    // A variable of function _ZN1fE has a name that begins with _ZZN1fEE.
+    const std::string prefix = "_ZZ" + symbol->second.substr(2) + "E";
+    for (const auto& [name, range] : symbols.thread_locals) {
+      if (name.rfind(prefix, 0) == 0) found.static_shared.push_back(range);
+    }
+    return found;
   }
-  return "unknown kernel";
+  return {"unknown kernel", {}};
 }
 
 }  // namespace
 
-std::string kernel_name(const void* kernel) {
+const Kernel& kernel_at(const void* address) {
   static std::mutex mutex;
-  static auto& names = *new std::unordered_map<const void*, std::string>;
+  static auto& kernels = *new std::unordered_map<const void*, Kernel>;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::string& name = names[kernel];
-  if (name.empty()) name = look_up(kernel);
-  return name;
+  auto kernel = kernels.find(address);
+  if (kernel == kernels.end()) kernel = kernels.emplace(address, look_up(address)).first;
+  return kernel->second;
+}
+
+Range this_threads_variables() {
+  Range found;
+  const auto note = [](dl_phdr_info* library, size_t, void* found) {
+    Dl_info self;
+    dladdr(reinterpret_cast<void*>(&this_threads_variables), &self);
+    if (reinterpret_cast<uintptr_t>(self.dli_fbase) != library->dlpi_addr) return 0;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      if (library->dlpi_phdr[i].p_type != PT_TLS) continue;
+      *static_cast<Range*>(found) = {reinterpret_cast<uintptr_t>(library->dlpi_tls_data),
+                                     library->dlpi_phdr[i].p_memsz};
+    }
+    return 1;
+  };
+  dl_iterate_phdr(note, &found);
+  return found;
 }
 
 std::vector<std::string> instances_of(const std::vector<std::string>& names) {
   Dl_info info;
   if (!dladdr(reinterpret_cast<const void*>(&instances_of), &info)) return {};
   std::vector<std::string> instances;
-  for (const auto& [address, mangled] : symbols_of(info.dli_fname)) {
+  for (const auto& [address, mangled] : symbols_of(info.dli_fname).functions) {
     if (mangled.find('.') != std::string::npos) continue;  // a part that the compiler split off
     if (mangled.rfind("_ZZ", 0) == 0) continue;            // a lambda of a kernel, not the kernel
     const std::string name = without_signature(demangled(mangled));
