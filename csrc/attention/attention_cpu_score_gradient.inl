@@ -9,10 +9,6 @@ static inline Range take_share(int64_t stride, int32_t extent, int64_t& index) {
   return {place, place + 1};
 }
 
-template <typename A>
-static int32_t num_row_tiles(const AttentionProblem& p) {
-  return (p.seqlen_q + kOwnRows<A> - 1) / kOwnRows<A>;
-}
 static inline int32_t num_key_tiles(const AttentionProblem& p) {
   return (p.seqlen_k + kOtherRows - 1) / kOtherRows;
 }
@@ -77,14 +73,18 @@ static void score_gradient_tasks(const AttentionBackwardParams& p, const ScoreGr
   constexpr int32_t kRows = kOwnRows<A>, kTile = kOtherRows * kRows;
   const int32_t group = p.num_heads / p.num_heads_kv;
   const Band band = visible_band(p);
-  const Scratch<A> own(int64_t{p.head_dim} * kRows), own_v(int64_t{p.head_dim_v} * kRows),
-      scores(kTile), dots(kTile), slopes(kTile), sums(kTile),
-      buffer(int64_t{kOtherRows} * kMaxHeadDim), buffer_v(int64_t{kOtherRows} * kMaxHeadDim);
+  using E = Operand<T>;
+  const int32_t steps = num_elements<E>(p.head_dim), steps_v = num_elements<E>(p.head_dim_v);
+  const Scratch<E> own(int64_t{steps} * kRows), own_v(int64_t{steps_v} * kRows),
+      buffer(tile_size<E>(p.head_dim)), buffer_v(tile_size<E>(p.head_dim_v));
+  const WeightsTile<A> weights(p);
+  const Scratch<A> sums(kTile);
 
   for (int64_t task = begin; task < end; ++task) {
     int64_t index = task;
     const Range key_tiles = take_share(gradient.column_stride, num_key_tiles(p), index);
-    const Range row_tiles = take_share(gradient.row_stride, num_row_tiles<A>(p), index);
+    const Range row_tiles =
+        take_share(gradient.row_stride, static_cast<int32_t>(num_tiles<A>(p.seqlen_q)), index);
     const Range heads = take_share(gradient.head_stride, p.num_heads, index);
     const Range batches = take_share(gradient.batch_stride, p.batch, index);
     std::fill_n(sums.data(), kTile, A(0));
@@ -98,17 +98,18 @@ static void score_gradient_tasks(const AttentionBackwardParams& p, const ScoreGr
         for (int32_t row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile) {
           const int32_t row = row_tile * kRows, rows = std::min(kRows, p.seqlen_q - row);
           const Range keys = keys_seen_by(p, band, row, row + rows - 1);
-          pack_transposed(q, row, rows, own.data());
-          pack_transposed(grad_out, row, rows, own_v.data());
+          pack_lanes(over_columns(q, row, rows, buffer.data()), rows, steps, own.data());
+          pack_lanes(over_columns(grad_out, row, rows, buffer_v.data()), rows, steps_v,
+                     own_v.data());
           for (int32_t key_tile = key_tiles.begin; key_tile < key_tiles.end; ++key_tile) {
             const int32_t key = key_tile * kOtherRows;
             if (key >= keys.end || key + kOtherRows <= keys.begin) continue;
             const TilePlace<true> tile{batch, head, row,
                                        rows,  key,  std::min(kOtherRows, p.seqlen_k - key)};
-            tile_weights(p, band, tile, tile_rows(k, key, tile.other_rows, buffer.data()),
-                         tile_rows(v, key, tile.other_rows, buffer_v.data()), own.data(),
-                         own_v.data(), scores.data(), dots.data(), slopes.data());
-            add_tile(p, band, tile, by_distance, dots.data(), sums.data());
+            tile_weights(p, band, tile, over_columns(k, key, tile.other_rows, buffer.data()),
+                         over_columns(v, key, tile.other_rows, buffer_v.data()), own.data(),
+                         own_v.data(), weights);
+            add_tile(p, band, tile, by_distance, weights.dots.data(), sums.data());
           }
         }
       }
@@ -127,7 +128,7 @@ static void score_gradient(const AttentionBackwardParams& p, const ScoreGradient
                            bool by_distance) {
   const int64_t tasks = (gradient.batch_stride ? int64_t{p.batch} : 1) *
                         (gradient.head_stride ? p.num_heads : 1) *
-                        (gradient.row_stride ? num_row_tiles<Accumulator<T>>(p) : 1) *
+                        (gradient.row_stride ? num_tiles<Accumulator<T>>(p.seqlen_q) : 1) *
                         (gradient.column_stride ? num_key_tiles(p) : 1);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     score_gradient_tasks<T>(p, gradient, by_distance, begin, end);
