@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, dtype
 
+class KeptGroups:
+    def __init__(self) -> None: ...
+    @property
+    def num_gatherings(self) -> int: ...
+
 def adam_group(
+    kept: KeptGroups,
     params: list,
     state: dict,
     lr: object,
@@ -143,6 +149,7 @@ def lstm_layer_forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def sgd_group(
+    kept: KeptGroups,
     params: list,
     state: dict,
     lr: object,
