@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fused
 from fused import _route, reference
-from fused._attention import AttentionFunction, make_options
+from fused._attention import make_options
 from fused._attention_composite import Options, dropout_mask
+from fused._attention_function import AttentionFunction
 from fused.functional import merge_attention, scaled_dot_product_attention
 from fused.testing import emulated_cuda
 from fused.testing.attention import Judgement, draw_grads, run_fused
@@ -146,7 +147,9 @@ def test_everything_with_dropout(backend: torch.device) -> None:
     rng = torch.tensor([42, 43], device=backend)
     constants = make_options(tensors[0], dropout_p=0.3, **options)._replace(rng=rng)
     out, _ = AttentionFunction.apply(*tensors, *constants)
-    keep = dropout_mask(rng, 0.3, out.new_empty(*out.shape[:3], tensors[1].shape[2]))
+    keep = dropout_mask(
+        Options(rng=rng, dropout_p=0.3), out.new_empty(*out.shape[:3], tensors[1].shape[2])
+    )
     assert 0.6 < (keep > 0).double().mean() < 0.8
     expected = reference.scaled_dot_product_attention(*tensors, keep=keep, **options)
     torch.testing.assert_close(out, expected)

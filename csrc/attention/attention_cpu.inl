@@ -21,6 +21,26 @@ static int64_t num_tiles(int64_t rows) {
   return (rows + kOwnRows<A> - 1) / kOwnRows<A>;
 }
 
+// A task is a slot of own_tile, of so many rows, for one head.
+static inline int64_t num_tasks(const AttentionProblem& p, bool owns_queries, int32_t rows) {
+  return int64_t{p.batch} * (owns_queries ? p.num_heads : p.num_heads_kv) *
+         num_tile_slots(p, owns_queries, rows);
+}
+
+struct TaskPlace {
+  Sequence sequence;
+  int32_t head, row;  // a row behind the sequence leaves nothing to do
+};
+
+static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries, int32_t rows,
+                                   int64_t task) {
+  const int64_t slots = num_tile_slots(p, owns_queries, rows);
+  const int32_t heads = owns_queries ? p.num_heads : p.num_heads_kv;
+  const OwnTile tile = own_tile(p, owns_queries, static_cast<int32_t>(task / slots / heads),
+                                static_cast<int32_t>(task % slots), rows);
+  return {tile.sequence, static_cast<int32_t>(task / slots % heads), tile.row};
+}
+
 // clang-format off: each needs those above it
 #include "attention/attention_cpu_transpose.inl"
 #include "attention/attention_cpu_operand.inl"
@@ -36,8 +56,7 @@ template <typename T>
 static Status attention_forward_of(const AttentionForwardParams& p) {
   const int64_t heads = int64_t{p.batch} * p.num_heads;
   const int32_t tiles = tiles_of_task(heads * num_tiles<Accumulator<T>>(p.seqlen_q));
-  const int64_t task_rows = tiles * kOwnRows<Accumulator<T>>;
-  parallel_for(0, heads * ((p.seqlen_q + task_rows - 1) / task_rows), 1,
+  parallel_for(0, num_tasks(p, true, tiles * kOwnRows<Accumulator<T>>), 1,
                [&](int64_t begin, int64_t end) { forward_tasks<T>(p, tiles, begin, end); });
   return nullptr;
 }
@@ -49,8 +68,8 @@ static Status attention_backward_of(const AttentionBackwardParams& p) {
   parallel_for(0, int64_t{p.batch} * p.num_heads * p.seqlen_q, kDeltaGrain,
                [&](int64_t begin, int64_t end) { delta_rows<T>(p, begin, end); });
   backward_operands<T>(p);
-  if (p.maybe_grad_mask.data != nullptr) score_gradient<T>(p, p.maybe_grad_mask, false);
-  if (p.maybe_row_alibi != nullptr) score_gradient<T>(p, row_alibi(p), true);
+  if (p.maybe_grad_mask.data != nullptr) mask_gradient<T>(p);
+  if (p.maybe_row_alibi != nullptr) row_alibi<T>(p);
   if (p.maybe_grad_alibi_slopes != nullptr || p.maybe_grad_sink != nullptr) {
     parallel_for(0, p.num_heads, 1,
                  [&](int64_t begin, int64_t end) { head_sums<A>(p, begin, end); });

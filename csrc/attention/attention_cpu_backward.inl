@@ -32,9 +32,11 @@ struct BackwardScratch {
   const Scratch<A> out;
 };
 
-// One query head of a batch row, and what is wanted of it.
+// One query head of a sequence, and what is wanted of it.
 struct BackwardHead {
-  int32_t batch, head, head_kv;
+  Sequence sequence;
+  Band band;
+  int32_t head, head_kv;
   bool wants_kv;
 };
 
@@ -49,9 +51,9 @@ template <typename T>
 static KeyTile<T> load_keys(const AttentionBackwardParams& p, const BackwardHead& h, int32_t row,
                             const BackwardScratch<T>& scratch) {
   using E = Operand<T>;
-  const int32_t rows = std::min(kOwnRows<Accumulator<T>>, p.seqlen_k - row);
-  const auto k = head_matrix<T>(p.k, p.k_strides, h.batch, h.head_kv, p.head_dim);
-  const auto v = head_matrix<T>(p.v, p.v_strides, h.batch, h.head_kv, p.head_dim_v);
+  const int32_t rows = std::min(kOwnRows<Accumulator<T>>, h.sequence.seqlen_k - row);
+  const auto k = key_matrix<T>(p.k, p.k_strides, h.sequence, h.head_kv, p.head_dim);
+  const auto v = key_matrix<T>(p.v, p.v_strides, h.sequence, h.head_kv, p.head_dim_v);
   pack_lanes(over_columns(k, row, rows, scratch.q_columns.data()), rows,
              num_elements<E>(p.head_dim), scratch.k_lanes.data());
   pack_lanes(over_columns(v, row, rows, scratch.grad_out_columns.data()), rows,
@@ -62,15 +64,15 @@ static KeyTile<T> load_keys(const AttentionBackwardParams& p, const BackwardHead
 // Takes the queries row .. end of a head, at most kOtherRows, into a tile of keys: adds to its
 // grad_k and grad_v, and to `maybe_grad_q`, their rows of [S, padded(D)].
 template <typename T>
-static void backward_step(const AttentionBackwardParams& p, const Band& band, const BackwardHead& h,
+static void backward_step(const AttentionBackwardParams& p, const BackwardHead& h,
                           const KeyTile<T>& keys, int32_t row, int32_t end,
                           const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
   const int32_t rows = end - row;
-  const auto q = head_matrix<T>(p.q, p.q_strides, h.batch, h.head, p.head_dim);
+  const auto q = query_matrix<T>(p.q, p.q_strides, h.sequence, h.head, p.head_dim);
   const auto grad_out =
-      head_matrix<T>(p.grad_out, p.grad_out_strides, h.batch, h.head, p.head_dim_v);
-  const TilePlace<false> tile{h.batch, h.head, keys.row, keys.rows, row, rows};
-  tile_weights(p, band, tile, over_columns(q, row, rows, scratch.q_columns.data()),
+      query_matrix<T>(p.grad_out, p.grad_out_strides, h.sequence, h.head, p.head_dim_v);
+  const TilePlace<false> tile{h.sequence, h.head, keys.row, keys.rows, row, rows};
+  tile_weights(p, h.band, tile, over_columns(q, row, rows, scratch.q_columns.data()),
                over_columns(grad_out, row, rows, scratch.grad_out_columns.data()),
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
   Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
@@ -92,13 +94,13 @@ static void backward_step(const AttentionBackwardParams& p, const Band& band, co
 // Takes those of the queries `rows` that see any of a tile of keys into it. `maybe_grad_q` begins
 // with the first of `rows`.
 template <typename T>
-static void backward_key_tile(const AttentionBackwardParams& p, const Band& band,
-                              const BackwardHead& h, const KeyTile<T>& keys, const Range& rows,
+static void backward_key_tile(const AttentionBackwardParams& p, const BackwardHead& h,
+                              const KeyTile<T>& keys, const Range& rows,
                               const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
-  const Range seeing = rows_seeing(p, band, keys.row, keys.row + keys.rows - 1);
+  const Range seeing = rows_seeing(h.sequence, h.band, keys.row, keys.row + keys.rows - 1);
   const int32_t end = std::min(seeing.end, rows.end);
   for (int32_t row = std::max(seeing.begin, rows.begin); row < end; row += kOtherRows) {
-    backward_step(p, band, h, keys, row, std::min(row + kOtherRows, end), scratch,
+    backward_step(p, h, keys, row, std::min(row + kOtherRows, end), scratch,
                   maybe_grad_q == nullptr
                       ? nullptr
                       : maybe_grad_q + (row - rows.begin) * padded<Accumulator<T>>(p.head_dim));
@@ -112,9 +114,9 @@ static void store_grad_kv(const AttentionBackwardParams& p, const BackwardHead& 
                                   const HeadStrides& strides, int32_t columns) {
     A row_scale[kOwnRows<A>];
     std::fill_n(row_scale, keys.rows, static_cast<A>(scale));
-    T* target = static_cast<T*>(data) + h.batch * strides.batch + h.head_kv * strides.head +
-                keys.row * strides.row;
-    store_lanes(gradient, row_scale, keys.rows, columns, scratch.out.data(), target, strides.row);
+    T* target = key_rows(static_cast<T*>(data), strides, h.sequence, h.head_kv);
+    store_lanes(gradient, row_scale, keys.rows, columns, scratch.out.data(),
+                target + keys.row * strides.row, strides.row);
   };
   store_gradient(scratch.grad_k.data(), p.scale, p.maybe_grad_k, p.grad_k_strides, p.head_dim);
   store_gradient(scratch.grad_v.data(), 1.0, p.maybe_grad_v, p.grad_v_strides, p.head_dim_v);
@@ -123,35 +125,35 @@ static void store_grad_kv(const AttentionBackwardParams& p, const BackwardHead& 
 template <typename T, typename A = Accumulator<T>>
 static void store_grad_q(const AttentionBackwardParams& p, const BackwardHead& h, const Range& rows,
                          const A* grad_q) {
-  T* target = static_cast<T*>(p.maybe_grad_q) + h.batch * p.grad_q_strides.batch +
-              h.head * p.grad_q_strides.head;
+  T* target = query_rows(static_cast<T*>(p.maybe_grad_q), p.grad_q_strides, h.sequence, h.head);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
     store_row(grad_q + (row - rows.begin) * padded<A>(p.head_dim), static_cast<A>(p.scale),
               p.head_dim, target + row * p.grad_q_strides.row);
   }
 }
 
-// Tasks are key/value heads, each with the query heads that share it, one after the other. Between
-// two of them the sums of grad_k and grad_v wait in `sums`.
+// Tasks are key/value heads of sequences, each with the query heads that share it, one after the
+// other. Between two of them the sums of grad_k and grad_v wait in `sums`.
 template <typename T, typename A = Accumulator<T>>
 static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const Band band = visible_band(p);
-  const Range rows{0, p.seqlen_q};
-  const int64_t q_size = int64_t{p.seqlen_q} * padded<A>(p.head_dim);
   const int64_t k_size = int64_t{kOwnRows<A>} * p.head_dim,
                 v_size = int64_t{kOwnRows<A>} * p.head_dim_v;
   const BackwardScratch<T> scratch(p);
-  const Scratch<A> grad_q(q_size),
+  // Room for the longest sequence that there can be, of which no more than the own is touched.
+  const Scratch<A> grad_q(int64_t{p.seqlen_q} * padded<A>(p.head_dim)),
       sums(group > 1 ? num_tiles<A>(p.seqlen_k) * (k_size + v_size) : 0);
   for (int64_t task = begin; task < end; ++task) {
-    BackwardHead h{static_cast<int32_t>(task / p.num_heads_kv), 0,
+    const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads_kv));
+    BackwardHead h{sequence, visible_band(p, sequence), 0,
                    static_cast<int32_t>(task % p.num_heads_kv), true};
+    const Range rows{0, sequence.seqlen_q};
+    const int64_t q_size = int64_t{sequence.seqlen_q} * padded<A>(p.head_dim);
     for (int32_t member = 0; member < group; ++member) {
       h.head = h.head_kv * group + member;
       std::fill_n(grad_q.data(), q_size, A(0));
       A* sum = sums.data();
-      for (int32_t key = 0; key < p.seqlen_k; key += kOwnRows<A>, sum += k_size + v_size) {
+      for (int32_t key = 0; key < sequence.seqlen_k; key += kOwnRows<A>, sum += k_size + v_size) {
         const KeyTile<T> keys = load_keys(p, h, key, scratch);
         if (member == 0) {
           std::fill_n(scratch.grad_k.data(), k_size, A(0));
@@ -160,7 +162,7 @@ static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int6
           std::copy_n(sum, k_size, scratch.grad_k.data());
           std::copy_n(sum + k_size, v_size, scratch.grad_v.data());
         }
-        backward_key_tile(p, band, h, keys, rows, scratch, grad_q.data());
+        backward_key_tile(p, h, keys, rows, scratch, grad_q.data());
         if (member == group - 1) {
           store_grad_kv(p, h, keys, scratch);
         } else {
@@ -176,21 +178,18 @@ static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int6
 // Tasks are tiles of keys.
 template <typename T, typename A = Accumulator<T>>
 static void backward_key_tiles(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t tiles = num_tiles<A>(p.seqlen_k);
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const Band band = visible_band(p);
   const BackwardScratch<T> scratch(p);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head = task / tiles;
-    BackwardHead h{static_cast<int32_t>(head / p.num_heads_kv), 0,
-                   static_cast<int32_t>(head % p.num_heads_kv), true};
-    const KeyTile<T> keys =
-        load_keys(p, h, static_cast<int32_t>(task % tiles) * kOwnRows<A>, scratch);
+    const TaskPlace place = task_place(p, false, kOwnRows<A>, task);
+    if (place.row >= place.sequence.seqlen_k) continue;
+    BackwardHead h{place.sequence, visible_band(p, place.sequence), 0, place.head, true};
+    const KeyTile<T> keys = load_keys(p, h, place.row, scratch);
     std::fill_n(scratch.grad_k.data(), int64_t{kOwnRows<A>} * p.head_dim, A(0));
     std::fill_n(scratch.grad_v.data(), int64_t{kOwnRows<A>} * p.head_dim_v, A(0));
     for (int32_t member = 0; member < group; ++member) {
       h.head = h.head_kv * group + member;
-      backward_key_tile(p, band, h, keys, {0, p.seqlen_q}, scratch, nullptr);
+      backward_key_tile(p, h, keys, {0, place.sequence.seqlen_q}, scratch, nullptr);
     }
     store_grad_kv(p, h, keys, scratch);
   }
@@ -201,23 +200,19 @@ constexpr int32_t kQueriesOfTask = 4 * kOtherRows;
 
 template <typename T, typename A = Accumulator<T>>
 static void backward_queries(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t tasks_of_head = (p.seqlen_q + kQueriesOfTask - 1) / kQueriesOfTask;
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const Band band = visible_band(p);
   const BackwardScratch<T> scratch(p);
   const int64_t q_size = kQueriesOfTask * padded<A>(p.head_dim);
   const Scratch<A> grad_q(q_size);
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t head_of_all = task / tasks_of_head;
-    const int32_t head = static_cast<int32_t>(head_of_all % p.num_heads);
-    const BackwardHead h{static_cast<int32_t>(head_of_all / p.num_heads), head, head / group,
-                         false};
-    const int32_t row = static_cast<int32_t>(task % tasks_of_head) * kQueriesOfTask;
-    const Range rows{row, std::min(row + kQueriesOfTask, p.seqlen_q)};
+    const auto [sequence, head, row] = task_place(p, true, kQueriesOfTask, task);
+    if (row >= sequence.seqlen_q) continue;
+    const BackwardHead h{sequence, visible_band(p, sequence), head, head / group, false};
+    const Range rows{row, std::min(row + kQueriesOfTask, sequence.seqlen_q)};
     std::fill_n(grad_q.data(), q_size, A(0));
-    const Range keys = keys_seen_by(p, band, rows.begin, rows.end - 1);
+    const Range keys = keys_seen_by(sequence, h.band, rows.begin, rows.end - 1);
     for (int32_t key = keys.begin / kOwnRows<A> * kOwnRows<A>; key < keys.end; key += kOwnRows<A>) {
-      backward_key_tile(p, band, h, load_keys(p, h, key, scratch), rows, scratch, grad_q.data());
+      backward_key_tile(p, h, load_keys(p, h, key, scratch), rows, scratch, grad_q.data());
     }
     store_grad_q<T>(p, h, rows, grad_q.data());
   }
@@ -227,8 +222,8 @@ static void backward_queries(const AttentionBackwardParams& p, int64_t begin, in
 template <typename T>
 static void backward_operands(const AttentionBackwardParams& p) {
   using A = Accumulator<T>;
-  const int64_t heads = int64_t{p.batch} * p.num_heads,
-                heads_kv = int64_t{p.batch} * p.num_heads_kv;
+  const bool has_rest = p.maybe_cu_seqlens_q != nullptr;
+  const int64_t heads_kv = (int64_t{p.num_sequences} + has_rest) * p.num_heads_kv;
   const int64_t threads = num_threads();
   // Five products a tile, by as many heads at a time as there are threads, or seven by all threads.
   const int64_t turns = (heads_kv + threads - 1) / threads;
@@ -240,12 +235,11 @@ static void backward_operands(const AttentionBackwardParams& p) {
     return;
   }
   if (p.maybe_grad_k != nullptr) {
-    parallel_for(0, heads_kv * num_tiles<A>(p.seqlen_k), 1,
+    parallel_for(0, num_tasks(p, false, kOwnRows<A>), 1,
                  [&](int64_t begin, int64_t end) { backward_key_tiles<T>(p, begin, end); });
   }
   if (p.maybe_grad_q != nullptr) {
-    const int64_t tasks = heads * ((p.seqlen_q + kQueriesOfTask - 1) / kQueriesOfTask);
-    parallel_for(0, tasks, 1,
+    parallel_for(0, num_tasks(p, true, kQueriesOfTask), 1,
                  [&](int64_t begin, int64_t end) { backward_queries<T>(p, begin, end); });
   }
 }

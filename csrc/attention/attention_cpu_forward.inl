@@ -6,8 +6,8 @@ template <typename T>
 struct QueryTile {
   using A = Accumulator<T>;
 
-  TilePlace<true> place(int32_t batch, int32_t head, int32_t key) const {
-    return {batch, head, row, rows, key, std::min(kOtherRows, keys.end - key)};
+  TilePlace<true> place(const Sequence& sequence, int32_t head, int32_t key) const {
+    return {sequence, head, row, rows, key, std::min(kOtherRows, keys.end - key)};
   }
 
   int32_t row, rows;
@@ -76,18 +76,18 @@ static void forward_step(const AttentionForwardParams& p, const Band& band,
 }
 
 template <typename T, typename A = Accumulator<T>>
-static void finish_tile(const AttentionForwardParams& p, int32_t batch, int32_t head,
+static void finish_tile(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
                         const QueryTile<T>& tile, A* buffer) {
-  const int64_t first = (int64_t{batch} * p.num_heads + head) * p.seqlen_q + tile.row;
+  const int64_t first = row_of_all(p, sequence, head, tile.row);
   A row_scale[kOwnRows<A>];
   for (int32_t i = 0; i < tile.rows; ++i) {
     const RowEnd<A> row_end = end_row(p, head, tile.max[i], tile.sum[i]);
     row_scale[i] = row_end.scale;
     store_row_end(p, first + i, row_end);
   }
-  T* out = static_cast<T*>(p.out) + batch * p.out_strides.batch + head * p.out_strides.head +
-           tile.row * p.out_strides.row;
-  store_lanes(tile.result, row_scale, tile.rows, p.head_dim_v, buffer, out, p.out_strides.row);
+  T* out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head);
+  store_lanes(tile.result, row_scale, tile.rows, p.head_dim_v, buffer,
+              out + tile.row * p.out_strides.row, p.out_strides.row);
 }
 
 // Tiles of queries that a task takes over the keys together, to read and pack those once: as many
@@ -104,9 +104,7 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
   using E = Operand<T>;
   constexpr int32_t kRows = kOwnRows<A>;
   const int32_t task_rows = num_tiles * kRows;
-  const int32_t tasks_of_head = (p.seqlen_q + task_rows - 1) / task_rows;
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const Band band = visible_band(p);
   const int64_t q_size = int64_t{num_elements<E>(p.head_dim)} * kRows;
   const int64_t result_size = int64_t{p.head_dim_v} * kRows;
   const Scratch<E> q_lanes(num_tiles * q_size), k_buffer(tile_size<E>(p.head_dim)),
@@ -116,20 +114,20 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
   std::fill_n(scores.data(), kOtherRows * kRows, A(0));
 
   for (int64_t task = begin; task < end; ++task) {
-    const int32_t first_row = static_cast<int32_t>(task % tasks_of_head) * task_rows;
-    const int32_t head = static_cast<int32_t>(task / tasks_of_head % p.num_heads);
-    const int32_t batch = static_cast<int32_t>(task / tasks_of_head / p.num_heads);
-    const auto q = head_matrix<T>(p.q, p.q_strides, batch, head, p.head_dim);
-    const auto k = head_matrix<T>(p.k, p.k_strides, batch, head / group, p.head_dim);
-    const auto v = head_matrix<T>(p.v, p.v_strides, batch, head / group, p.head_dim_v);
+    const auto [sequence, head, first_row] = task_place(p, true, task_rows, task);
+    if (first_row >= sequence.seqlen_q) continue;
+    const Band band = visible_band(p, sequence);
+    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
+    const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head / group, p.head_dim);
+    const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head / group, p.head_dim_v);
 
     QueryTile<T> tiles[kTilesOfTask]{};
     int32_t count = 0;
-    for (int32_t row = first_row; count < num_tiles && row < p.seqlen_q; row += kRows) {
+    for (int32_t row = first_row; count < num_tiles && row < sequence.seqlen_q; row += kRows) {
       QueryTile<T>& tile = tiles[count];
       tile.row = row;
-      tile.rows = std::min(kRows, p.seqlen_q - row);
-      tile.keys = keys_seen_by(p, band, row, row + tile.rows - 1);
+      tile.rows = std::min(kRows, sequence.seqlen_q - row);
+      tile.keys = keys_seen_by(sequence, band, row, row + tile.rows - 1);
       tile.q = q_lanes.data() + count * q_size;
       tile.result = results.data() + count * result_size;
       pack_lanes(over_columns(q, row, tile.rows, k_buffer.data()), tile.rows,
@@ -143,15 +141,15 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
     // The rows of the last tile see the last keys.
     const Range keys{tiles[0].keys.begin / kOtherRows * kOtherRows, tiles[count - 1].keys.end};
     for (int32_t key = keys.begin; key < keys.end; key += kOtherRows) {
-      const int32_t rows = std::min(kOtherRows, p.seqlen_k - key);
+      const int32_t rows = std::min(kOtherRows, sequence.seqlen_k - key);
       const auto k_rows = over_columns(k, key, rows, k_buffer.data());
       const auto v_rows = over_rows(v, key, rows, v_buffer.data());
       for (int32_t t = 0; t < count; ++t) {
         if (key >= tiles[t].keys.end || key + kOtherRows <= tiles[t].keys.begin) continue;
-        forward_step(p, band, tiles[t].place(batch, head, key), k_rows, v_rows, tiles[t],
+        forward_step(p, band, tiles[t].place(sequence, head, key), k_rows, v_rows, tiles[t],
                      mask.data(), scores.data(), weights.data());
       }
     }
-    for (int32_t t = 0; t < count; ++t) finish_tile(p, batch, head, tiles[t], out_buffer.data());
+    for (int32_t t = 0; t < count; ++t) finish_tile(p, sequence, head, tiles[t], out_buffer.data());
   }
 }

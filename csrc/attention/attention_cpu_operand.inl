@@ -42,6 +42,18 @@ static HeadMatrix<T> head_matrix(const void* data, const HeadStrides& strides, i
           columns};
 }
 
+// The rows of a sequence in one head.
+template <typename T>
+static HeadMatrix<T> query_matrix(const void* data, const HeadStrides& strides,
+                                  const Sequence& sequence, int64_t head, int32_t columns) {
+  return {query_rows(static_cast<const T*>(data), strides, sequence, head), strides.row, columns};
+}
+template <typename T>
+static HeadMatrix<T> key_matrix(const void* data, const HeadStrides& strides,
+                                const Sequence& sequence, int64_t head, int32_t columns) {
+  return {key_rows(static_cast<const T*>(data), strides, sequence, head), strides.row, columns};
+}
+
 // Rows of elements, each readable in whole vectors.
 template <typename E>
 struct TileRows {

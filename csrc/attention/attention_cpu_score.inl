@@ -21,9 +21,8 @@ static void softcap_lanes(A softcap, A* scores, A* maybe_slopes) {
 
 // Rows that follow each other, or columns, are each one further from the diagonal, or nearer to it.
 template <typename A, bool kOwnsQueries>
-static void alibi_lanes(const AttentionProblem& p, const TilePlace<kOwnsQueries>& tile, int32_t j,
-                        A slope, A* scores) {
-  const int32_t aligned = p.seqlen_k - p.seqlen_q;
+static void alibi_lanes(const TilePlace<kOwnsQueries>& tile, int32_t j, A slope, A* scores) {
+  const int32_t aligned = tile.sequence.seqlen_k - tile.sequence.seqlen_q;
   const int32_t ahead = tile.row(0, j) - tile.column(0, j) + aligned;
   const int32_t first = kOwnsQueries ? ahead : -ahead;
 #pragma omp simd
@@ -49,7 +48,7 @@ static void load_mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueri
                            A* values) {
   constexpr int32_t kRows = kOwnRows<A>;
   A* rows = values + kOtherRows * kRows;
-  const M* first = static_cast<const M*>(mask.data) + tile.batch * mask.batch_stride +
+  const M* first = static_cast<const M*>(mask.data) + tile.sequence.index * mask.batch_stride +
                    tile.head * mask.head_stride + tile.row(0, 0) * mask.row_stride +
                    tile.column(0, 0) * mask.column_stride;
   const int64_t stride = kOwnsQueries ? mask.row_stride : mask.column_stride;
@@ -78,10 +77,29 @@ static void load_mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueri
   }
 }
 
+// The part of a tile that the mask has, and the rest of the scores hidden.
 template <typename A, bool kOwnsQueries>
-static void mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueries>& tile, A* values,
+static TilePlace<kOwnsQueries> hide_beyond(const AttentionMask& mask, TilePlace<kOwnsQueries> tile,
+                                           A* scores) {
+  const int32_t own_end = kOwnsQueries ? mask.rows : mask.columns;
+  const int32_t other_end = kOwnsQueries ? mask.columns : mask.rows;
+  const int32_t lanes = std::clamp(own_end - tile.own_row, 0, tile.own_rows);
+  const int32_t others = lanes > 0 ? std::clamp(other_end - tile.other_row, 0, tile.other_rows) : 0;
+  for (int32_t j = 0; j < tile.other_rows; ++j) {
+    A* of_other = scores + j * kOwnRows<A>;
+    std::fill(of_other + (j < others ? lanes : 0), of_other + tile.own_rows, kHiddenScore<A>);
+  }
+  tile.own_rows = lanes;
+  tile.other_rows = others;
+  return tile;
+}
+
+template <typename A, bool kOwnsQueries>
+static void mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueries>& whole, A* values,
                       A* scores) {
   constexpr int32_t kRows = kOwnRows<A>;
+  const TilePlace<kOwnsQueries> tile = hide_beyond(mask, whole, scores);
+  if (tile.other_rows == 0) return;
   if (mask.kind == MaskKind::kBool) {
     load_mask_tile<A, kOwnsQueries, bool>(mask, tile, values);
     for (int32_t j = 0; j < tile.other_rows; ++j) {
@@ -104,11 +122,11 @@ static void mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueries>& 
 
 // Hides the lanes that lie outside the band.
 template <typename A, bool kOwnsQueries>
-static void band_lanes(const AttentionProblem& p, const Band& band,
-                       const TilePlace<kOwnsQueries>& tile, int32_t j, A* scores) {
+static void band_lanes(const Band& band, const TilePlace<kOwnsQueries>& tile, int32_t j,
+                       A* scores) {
   const int32_t other = tile.other_row + j;
-  const Range visible =
-      kOwnsQueries ? rows_seeing(p, band, other, other) : keys_seen_by(p, band, other, other);
+  const Range visible = kOwnsQueries ? rows_seeing(tile.sequence, band, other, other)
+                                     : keys_seen_by(tile.sequence, band, other, other);
   const int32_t begin = std::clamp(visible.begin - tile.own_row, 0, tile.own_rows);
   const int32_t end = std::clamp(visible.end - tile.own_row, begin, tile.own_rows);
   std::fill(scores, scores + begin, kHiddenScore<A>);
@@ -141,11 +159,11 @@ static void final_scores(const AttentionProblem& p, const Band& band,
     if (softcap != 0) {
       softcap_lanes(softcap, of_other, maybe_slopes ? maybe_slopes + j * kOwnRows<A> : nullptr);
     }
-    if (slopes != nullptr) alibi_lanes(p, tile, j, slopes[tile.head], of_other);
+    if (slopes != nullptr) alibi_lanes(tile, j, slopes[tile.head], of_other);
   }
   if (p.mask.kind != MaskKind::kNone) mask_tile(p.mask, tile, mask_buffer, scores);
   for (int32_t j = 0; !all_visible && j < tile.other_rows; ++j) {
-    band_lanes(p, band, tile, j, scores + j * kOwnRows<A>);
+    band_lanes(band, tile, j, scores + j * kOwnRows<A>);
   }
 }
 
@@ -156,7 +174,7 @@ static void multiply_by_dropout(const AttentionProblem& p, const TilePlace<kOwns
   for (int32_t j = 0; j < tile.other_rows; ++j) {
     for (int32_t i = 0; i < tile.own_rows; ++i) {
       weights[j * kOwnRows<A> + i] *=
-          dropout_scale<A>(p, tile.batch, tile.head, tile.row(i, j), tile.column(i, j));
+          dropout_scale<A>(p, tile.sequence, tile.head, tile.row(i, j), tile.column(i, j));
     }
   }
 }

@@ -45,7 +45,8 @@ static void store_lanes(const A* lanes, const A* row_scale, int32_t rows, int32_
 // Where a tile of the score matrix lies. Lanes are its queries where queries own, else its keys.
 template <bool kOwnsQueries>
 struct TilePlace {
-  int32_t batch, head, own_row, own_rows, other_row, other_rows;
+  const Sequence& sequence;
+  int32_t head, own_row, own_rows, other_row, other_rows;
 
   int32_t row(int32_t lane, int32_t j) const {
     return kOwnsQueries ? own_row + lane : other_row + j;

@@ -28,8 +28,7 @@ template <typename A, bool kOwnsQueries>
 static RowValues<A> row_values(const AttentionBackwardParams& p,
                                const TilePlace<kOwnsQueries>& tile) {
   const int64_t rows = int64_t{p.batch} * p.num_heads * p.seqlen_q;
-  const int64_t first =
-      (int64_t{tile.batch} * p.num_heads + tile.head) * p.seqlen_q + tile.row(0, 0);
+  const int64_t first = row_of_all(p, tile.sequence, tile.head, tile.row(0, 0));
   const A* stats = static_cast<const A*>(p.row_stats) + first;
   return {stats, stats + rows, static_cast<const A*>(p.delta) + first};
 }
@@ -72,7 +71,7 @@ static void backward_weights(const AttentionBackwardParams& p, const TilePlace<k
     A *of_score = scores + j * kRows, *of_dot = dots + j * kRows;
     if (p.maybe_rng != nullptr) {
       for (int32_t i = 0; i < tile.own_rows; ++i) {
-        keep[i] = dropout_scale<A>(p, tile.batch, tile.head, tile.row(i, j), tile.column(i, j));
+        keep[i] = dropout_scale<A>(p, tile.sequence, tile.head, tile.row(i, j), tile.column(i, j));
       }
     }
     for (int32_t i = 0; i < kRows; i += kLanes<A>) {
