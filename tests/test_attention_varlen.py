@@ -201,7 +201,8 @@ def everything() -> tuple:
 
     def function(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         extras = dict(zip(names, inputs[3:]))
-        return varlen_attention(*inputs[:3], **options, **extras, return_lse=True)
+        out, lse = varlen_attention(*inputs[:3], **options, **extras, return_lse=True)
+        return out, lse.masked_fill(lse == -torch.inf, 0.0)  # finite differences need numbers
 
     return function, inputs, options
 
@@ -217,7 +218,7 @@ def test_transforms() -> None:
 
     def loss(*inputs: Tensor) -> Tensor:
         out, lse = function(*inputs)
-        return out.square().sum() + lse.masked_fill(lse == -torch.inf, 0.0).sin().sum()
+        return out.square().sum() + lse.sin().sum()
 
     expected = torch.autograd.grad(loss(*inputs), inputs)
     detached = [x.detach() for x in inputs]
