@@ -12,6 +12,7 @@ from torch import Tensor
 from fused import _route
 from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
 from fused._attention_function import run_attention
+from fused._attention_packed import attend_jagged, is_packed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -90,7 +91,8 @@ def scaled_dot_product_attention(
     then ``- alibi_slopes[h] * |i + T - S - j|``, then ``+ attn_mask``; then keys are hidden.
 
     Args:
-        query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16.
+        query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16. Or jagged nested tensors,
+            ``[B, H, lengths, D]``, as :func:`fused.functional.varlen_attention` takes packed ones.
         key: ``[..., G, T, D]``; G equals H, or divides it with ``enable_gqa``.
         value: ``[..., G, T, Dv]``.
         attn_mask: broadcastable to ``[..., H, S, T]``. Bool: True lets a query see a key. Floating
@@ -118,7 +120,8 @@ def scaled_dot_product_attention(
     Raises:
         TypeError: dtypes that differ or that are not floating.
         ValueError: shapes or devices that do not go together, or an option outside its range.
-        NotImplementedError: keyword-only extras with nested or sparse tensors.
+        NotImplementedError: keyword-only extras with sparse tensors, or nested ones that are not
+            jagged along the length alone.
     """
     options = make_options(
         query, attn_mask, dropout_p, is_causal, scale,
@@ -146,6 +149,8 @@ def attend(
     need_weights: bool = False,
 ) -> Attended:
     """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
+    if query.is_nested and not need_weights and is_packed(query, key, value, enable_gqa):
+        return attend_jagged(query, key, value, options)
     query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3])
     reason = transform or _unsupported(query, key, value, options.attn_mask, enable_gqa)

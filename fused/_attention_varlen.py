@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING, Literal, overload
 
 from torch import Tensor
 
-from fused import _route
 from fused._attention import Extras, make_options, results
-from fused._attention_composite import MAX_HEAD_DIM, Attended, attention_composite
-from fused._attention_function import run_attention
+from fused._attention_packed import attend_packed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,18 +104,9 @@ def varlen_attention(
         q.transpose(0, -2), attn_mask, dropout_p, is_causal, scale,
         causal_alignment, window, softcap, alibi_slopes, sink,
     )._replace(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)  # fmt: skip
-    q, k, v = _route.autocast(q.device.type, q, k, v)
-    reason = _route.composite_reason(q, k, v, *options[:3])
-    if reason is None and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
-        reason = f"no kernel for head_dim {q.shape[-1]} and {v.shape[-1]} (1 to {MAX_HEAD_DIM})"
     if not enable_gqa and q.shape[-2] != k.shape[-2]:
         raise ValueError(
             f"attention: k must have the heads of q ({q.shape[-2]}) without enable_gqa, "
             f"got {list(k.shape)}"
         )
-    _route.report("attention", q.device, reason)
-    if reason is None:
-        attended = Attended(*run_attention(q, k, v, options))
-    else:
-        attended = attention_composite(q, k, v, options)
-    return results(attended, return_lse)
+    return results(attend_packed(q, k, v, options), return_lse)
