@@ -7,6 +7,7 @@ compares the file with what is compiled.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from types import ModuleType
 
 import torch
@@ -29,6 +30,7 @@ SHORTER = {
     r"typing\.SupportsInt \| typing\.SupportsIndex": "int",
     r"typing\.Annotated\[(.*?), \"FixedSize\(\d+\)\"\]": r"\1",
     r"collections\.abc\.Sequence": "Sequence",
+    r"fused\._C\.": "",
     r"Tuple\[int, \.\.\.\]": "Sequence[int]",  # what torch's caster calls an IntArrayRef
 }
 
@@ -57,10 +59,23 @@ def _definition(signature: str) -> str:
     return f"def {head}(\n{lines}) -> {result}: ...\n"
 
 
+def _class(name: str, members: Mapping[str, object]) -> str:
+    """An object that Python holds for the extension: what can be read of it."""
+    lines = [f"class {name}:\n", "    def __init__(self) -> None: ...\n"]
+    for member, value in sorted(members.items()):
+        if isinstance(value, property):
+            result = str(value.fget.__doc__).splitlines()[0].rsplit(" -> ", 1)[1]
+            lines += ["    @property\n", f"    def {member}(self) -> {result}: ...\n"]
+    return "".join([*lines, "\n"])
+
+
 def render(module: ModuleType) -> str:
-    functions = {name: value for name, value in vars(module).items() if callable(value)}
+    found = {name: value for name, value in vars(module).items() if callable(value)}
+    classes = {name: value for name, value in found.items() if isinstance(value, type)}
+    functions = {name: value for name, value in found.items() if name not in classes}
     signatures = [_signature(name, functions[name].__doc__) for name in sorted(functions)]
-    return HEADER + "".join(map(_definition, signatures))
+    held = [_class(name, vars(value)) for name, value in sorted(classes.items())]
+    return HEADER + "".join([*held, *map(_definition, signatures)])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 
 from torch import Tensor, dtype
 
+class KeptGroups:
+    def __init__(self) -> None: ...
+    @property
+    def num_gatherings(self) -> int: ...
+
 def adam_group(
+    kept: KeptGroups,
     params: list,
     state: dict,
     lr: object,
@@ -39,6 +45,8 @@ def attention_backward(
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     rng: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -55,6 +63,8 @@ def attention_forward(
     alibi_slopes: Tensor | None,
     sink: Tensor | None,
     rng: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
     dropout_p: float,
     is_causal: bool,
     scale: float | None,
@@ -143,6 +153,7 @@ def lstm_layer_forward(
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def sgd_group(
+    kept: KeptGroups,
     params: list,
     state: dict,
     lr: object,

@@ -3,22 +3,63 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fused import _route
-from fused._attention_composite import (
-    MAX_HEAD_DIM,
-    Attended,
-    Options,
-    attention_composite,
-    attention_weights,
-)
+from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
+from fused._attention_function import run_attention
+from fused._attention_packed import attend_jagged, is_packed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MAX_LENGTH = 2**30
+
+
+class Extras(TypedDict, total=False):
+    """The keyword-only options that all attention functions share."""
+
+    causal_alignment: str
+    window: tuple[int, int] | None
+    softcap: float | None
+    alibi_slopes: Tensor | None
+    sink: Tensor | None
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[False] = False,
+    **extras: Unpack[Extras],
+) -> Tensor: ...
+
+
+@overload
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    return_lse: Literal[True],
+    **extras: Unpack[Extras],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def scaled_dot_product_attention(
@@ -37,7 +78,7 @@ def scaled_dot_product_attention(
     alibi_slopes: Tensor | None = None,
     sink: Tensor | None = None,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of each query over all keys, without a score matrix in memory.
 
     Signature and meaning of :func:`torch.nn.functional.scaled_dot_product_attention`, and
@@ -50,7 +91,8 @@ def scaled_dot_product_attention(
     then ``- alibi_slopes[h] * |i + T - S - j|``, then ``+ attn_mask``; then keys are hidden.
 
     Args:
-        query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16.
+        query: ``[..., H, S, D]``, float32, float64, float16 or bfloat16. Or jagged nested tensors,
+            ``[B, H, lengths, D]``, as :func:`fused.functional.varlen_attention` takes packed ones.
         key: ``[..., G, T, D]``; G equals H, or divides it with ``enable_gqa``.
         value: ``[..., G, T, Dv]``.
         attn_mask: broadcastable to ``[..., H, S, T]``. Bool: True lets a query see a key. Floating
@@ -78,14 +120,23 @@ def scaled_dot_product_attention(
     Raises:
         TypeError: dtypes that differ or that are not floating.
         ValueError: shapes or devices that do not go together, or an option outside its range.
-        NotImplementedError: keyword-only extras with nested or sparse tensors.
+        NotImplementedError: keyword-only extras with sparse tensors, or nested ones that are not
+            jagged along the length alone.
     """
     options = make_options(
         query, attn_mask, dropout_p, is_causal, scale,
         causal_alignment, window, softcap, alibi_slopes, sink,
     )  # fmt: skip
     attended = attend(query, key, value, options, enable_gqa, need_lse=return_lse)
-    return (attended.out, attended.lse) if return_lse else attended.out
+    return results(attended, return_lse)
+
+
+def results(attended: Attended, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """What an attention function returns."""
+    if not return_lse:
+        return attended.out
+    assert attended.lse is not None
+    return attended.out, attended.lse
 
 
 def attend(
@@ -98,6 +149,8 @@ def attend(
     need_weights: bool = False,
 ) -> Attended:
     """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
+    if query.is_nested and not need_weights and is_packed(query, key, value, enable_gqa):
+        return attend_jagged(query, key, value, options)
     query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3])
     reason = transform or _unsupported(query, key, value, options.attn_mask, enable_gqa)
@@ -106,7 +159,7 @@ def attend(
         stock = transform is None and not need_lse and not need_weights
         return _without_kernel(query, key, value, options, enable_gqa, stock)
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        return Attended(*_attention(query, key, value, options, need_weights))
+        return Attended(*run_attention(query, key, value, options, need_weights))
     batch = _broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))
     mask = options.attn_mask
@@ -117,7 +170,7 @@ def attend(
                 f"({len(batch) + 3}), got {list(mask.shape)}"
             )
         options = options._replace(attn_mask=_to_four_dims(mask, batch))
-    out, lse, weights = _attention(q, k, v, options, need_weights)
+    out, lse, weights = run_attention(q, k, v, options, need_weights)
     shape = (*batch, *query.shape[-3:-1])
     if weights is not None:
         weights = weights.reshape(*shape, key.shape[-2])
@@ -154,8 +207,8 @@ def make_options(
     if sink is not None:
         sink = _head_values("sink", sink, query)
     return Options(
-        attn_mask, alibi_slopes, sink, None, dropout_p, is_causal, scale,
-        0.0 if softcap is None else softcap, left, right,
+        attn_mask, alibi_slopes, sink, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+        softcap=0.0 if softcap is None else softcap, window_left=left, window_right=right,
     )  # fmt: skip
 
 
@@ -237,114 +290,3 @@ def _unsupported(
         reason = _route.unsupported(attn_mask, bool_too=True)
         return None if reason is None else f"attn_mask: {reason}"
     return None
-
-
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, options: Options, need_weights: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[B, H, S, D] in, by the kernels: out [B, H, S, Dv], lse [B, H, S] and the weights."""
-    if options.dropout_p > 0:
-        options = options._replace(rng=_draw_rng(q.device))
-    mask, slopes, sink = options[:3]
-    if _route.is_traced(q, k, v, mask, slopes, sink):
-        out, lse, _ = torch.ops.fused.attention_forward(q, k, v, *options)
-    elif _route.needs_grad(q, k, v, mask, slopes, sink):
-        out, lse = AttentionFunction.apply(q, k, v, *options)
-    else:
-        out, lse, _ = _route.kernels().attention_forward(q, k, v, *options)
-    weights = attention_weights(q, k, lse, options) if need_weights else None
-    return out, lse, weights
-
-
-def _draw_rng(device: torch.device) -> Tensor:
-    """(seed, offset) of a dropout mask, drawn on the device: CUDA graphs replay fresh masks."""
-    return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
-
-
-class AttentionFunction(torch.autograd.Function):
-    """The kernels as one differentiable function of q, k, v, mask, slopes and sink."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse, row_stats = _route.kernels().attention_forward(q, k, v, *options)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, row_stats, *options[:4])
-        ctx.options = options[4:]
-        return out, lse
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        traced = _route.is_traced(grad_out, grad_lse)
-        return _gradients(ctx, torch.ops.fused if traced else _route.kernels(), grad_out, grad_lse)
-
-
-def _gradients(
-    ctx: Any, ops: Any, grad_out: Tensor | None, grad_lse: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradients of all inputs of the op, by `ops.attention_backward` where it can."""
-    q, k, v, out, row_stats, *tensors = ctx.saved_tensors
-    options = Options(*tensors, *ctx.options)
-    needs = list(ctx.needs_input_grad[:6])
-    grads: tuple[Tensor | None, ...]
-    if _route.needs_composite_gradients(grad_out, grad_lse):
-
-        def composite(*inputs: Any) -> tuple[Tensor | None, ...]:
-            q, k, v, mask, slopes, sink = inputs
-            constants = options._replace(attn_mask=mask, alibi_slopes=slopes, sink=sink)
-            return attention_composite(q, k, v, constants)[:2]
-
-        inputs = (q, k, v, *options[:3])
-        grads = _route.composite_gradients(composite, inputs, (grad_out, grad_lse))
-    else:
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
-        grads = tuple(grad if needed else None for grad, needed in zip(grads, needs))
-    return (*grads, *[None] * len(options[3:]))
-
-
-def _empty_heads(like: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
-    """[B, H, S, D], laid out as [B, S, H, D]."""
-    strides = (length * heads * width, width, heads * width, 1)
-    return like.new_empty_strided((batch, heads, length, width), strides)
-
-
-@torch.library.register_fake("fused::attention_forward")
-def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, heads, length = q.shape[:3]
-    out = _empty_heads(q, batch, heads, length, v.shape[-1])
-    lse = q.new_empty(q.shape[:3], dtype=dtype)
-    return out, lse, lse.new_empty(2, *q.shape[:3])
-
-
-@torch.library.register_fake("fused::attention_backward")
-def _(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    q, k, v, _, stats, mask, slopes, sink, *_, needs = inputs
-    needs_kv = needs[1] or needs[2]
-    grads = [
-        _empty_heads(t, *t.shape) if needed else t.new_empty(0)
-        for t, needed in zip((q, k, v), (needs[0], needs_kv, needs_kv))
-    ]
-    for t, needed in zip((mask, slopes, sink), needs[3:]):
-        needed = needed and t is not None and t.dtype != torch.bool
-        grads.append(t.new_empty(t.shape) if needed else stats.new_empty(0))
-    return tuple(grads)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, *options = inputs
-    out, _, row_stats = output
-    ctx.mark_non_differentiable(row_stats)
-    ctx.save_for_backward(q, k, v, out, row_stats, *options[:4])
-    ctx.options = options[4:]
-
-
-def _backward(
-    ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
-) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, torch.ops.fused, grad_out, grad_lse)
-
-
-torch.library.register_autograd("fused::attention_forward", _backward, setup_context=_setup_context)

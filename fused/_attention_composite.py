@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -24,12 +25,17 @@ class Options(NamedTuple):
     alibi_slopes: Tensor | None = None
     sink: Tensor | None = None
     rng: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
     dropout_p: float = 0.0
     is_causal: bool = False
     scale: float | None = None
     softcap: float = 0.0
     window_left: int = -1
     window_right: int = -1
+
+
+NUM_TENSORS = Options._fields.index("dropout_p")
 
 
 class Attended(NamedTuple):
@@ -45,9 +51,63 @@ def attention_composite(
 ) -> Attended:
     """The kernels' results and the weights, [..., H, S, T].
 
-    Takes what PyTorch's own function takes, not just four dimensions. Without ``options.rng`` the
-    dropout mask comes from PyTorch's generator.
+    Takes what PyTorch's own function takes, not just four dimensions, and packed sequences, whose
+    weights stay unsaid. Without ``options.rng`` the dropout mask comes from PyTorch's generator.
     """
+    if options.cu_seqlens_q is not None:
+        return _packed_composite(q, k, v, options)
+    return _dense_composite(q, k, v, options, enable_gqa)
+
+
+def _packed_composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
+    """One sequence after another. Waits for the device to learn where they lie."""
+    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    bounds = [cu_seqlens.tolist() for cu_seqlens in (options.cu_seqlens_q, options.cu_seqlens_k)]
+    outs, lses = [], []
+    for index, ((q0, q1), (k0, k1)) in enumerate(zip(*(itertools.pairwise(b) for b in bounds))):
+        one_q, one_k, one_v = (
+            t[first:last].transpose(0, 1).unsqueeze(0)
+            for t, first, last in ((q, q0, q1), (k, k0, k1), (v, k0, k1))
+        )
+        of_one = options._replace(
+            attn_mask=_mask_of_one(options.attn_mask, index, q1 - q0, k1 - k0),
+            cu_seqlens_q=None,
+            cu_seqlens_k=None,
+        )
+        attended = _dense_composite(one_q, one_k, one_v, of_one, True, index)
+        assert attended.lse is not None
+        outs.append(attended.out[0].transpose(0, 1))
+        lses.append(attended.lse[0])
+    rest = q.shape[0] - bounds[0][-1]  # rows of no sequence
+    outs.append(q.new_zeros(rest, q.shape[1], v.shape[-1]))
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    lses.append(q.new_full((q.shape[1], rest), -math.inf, dtype=dtype))
+    return Attended(torch.cat(outs), torch.cat(lses, dim=-1), None)
+
+
+def _mask_of_one(mask: Tensor | None, index: int, rows: int, keys: int) -> Tensor | None:
+    """A packed problem's mask for one of its sequences: what it is short of is hidden."""
+    if mask is None:
+        return None
+    if mask.dim() == 4:
+        mask = mask[index if mask.shape[0] != 1 else 0].unsqueeze(0)
+    for dim, extent in ((-1, keys), (-2, rows)):
+        if mask.dim() < -dim or mask.shape[dim] == 1:
+            continue
+        mask = mask.narrow(dim, 0, min(extent, mask.shape[dim]))
+        missing = [0, 0] * (-dim - 1) + [0, extent - mask.shape[dim]]
+        mask = F.pad(mask, missing, value=False if mask.dtype == torch.bool else -math.inf)
+    return mask
+
+
+def _dense_composite(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    options: Options,
+    enable_gqa: bool,
+    sequence: int | None = None,
+) -> Attended:
     with _route.without_autocast(q.device.type):
         scores = _final_scores(q, k, options, enable_gqa)
         values = _grouped(_widened(v), q, enable_gqa)
@@ -60,7 +120,7 @@ def attention_composite(
         lse = torch.logsumexp(logits, dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
         weights = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]].masked_fill(blind, 0.0)
         if options.rng is not None:
-            weights = weights * dropout_mask(options.rng, options.dropout_p, weights)
+            weights = weights * dropout_mask(options, weights, sequence)
         elif options.dropout_p != 0:
             weights = F.dropout(weights, options.dropout_p)
         return Attended((weights @ values).to(q.dtype), lse, weights.to(q.dtype))
@@ -74,7 +134,7 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, options: Options) -> Te
         finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
         weights = torch.exp(scores - finite_lse.unsqueeze(-1))
         if options.rng is not None:
-            weights = weights * dropout_mask(options.rng, options.dropout_p, weights)
+            weights = weights * dropout_mask(options, weights)
         return weights.to(q.dtype)
 
 
@@ -116,31 +176,41 @@ def _final_scores(q: Tensor, k: Tensor, options: Options, enable_gqa: bool) -> T
     return scores
 
 
-def dropout_mask(rng: Tensor, dropout_p: float, weights: Tensor) -> Tensor:
+def dropout_mask(options: Options, weights: Tensor, sequence: int | None = None) -> Tensor:
     """What the kernels multiply `weights` [B, H, S, T] by: 0, or 1 / (1 - dropout_p).
 
-    The kernels tell it themselves: with q = 0 every key of a row has the weight 1 / T, and with the
-    identity as v the output is the matrix of weights.
+    Or [1, H, S, T] of one packed sequence. The kernels tell it themselves: with q = 0 every key of
+    a row has the weight 1 / T, and with the identity as v the output is the matrix of weights.
     """
-    batch, heads, rows, keys = weights.shape
-    q = weights.new_zeros(batch, heads, rows, 1, dtype=torch.float32)
-    k = q.new_zeros(batch, heads, keys, 1)
-    options = Options(rng=rng, dropout_p=dropout_p, scale=1.0)
+    _, heads, rows, keys = weights.shape
+    if weights.numel() == 0:
+        return torch.ones_like(weights)
+    options = Options(rng=options.rng, dropout_p=options.dropout_p, scale=1.0)
+    q = weights.new_zeros(*weights.shape[:3], 1, dtype=torch.float32)
+    k = q.new_zeros(*weights.shape[:2], keys, 1)
+    if sequence is not None:  # all sequences before it are empty
+        q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
+        bounds = [
+            F.pad(q.new_full((1,), n, dtype=torch.int32), (sequence + 1, 0)) for n in (rows, keys)
+        ]
+        options = options._replace(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
     columns = []
     for start in range(0, keys, MAX_HEAD_DIM):
         width = min(MAX_HEAD_DIM, keys - start)
         v = q.new_zeros(keys, width)
         v[start : start + width] = torch.eye(width, device=q.device)
-        v = v.expand(batch, heads, keys, width)
+        shape = (*weights.shape[:2], keys, width)
+        v = v.expand(shape) if sequence is None else v[:, None].expand(keys, heads, width)
         with torch.no_grad():
             run = (
                 torch.ops.fused.attention_forward
-                if _route.is_traced(rng)
+                if _route.is_traced(options.rng)
                 else (_route.kernels().attention_forward)
             )
             columns.append(run(q, k, v, *options)[0])
     kept = torch.cat(columns, dim=-1) != 0
-    return kept.to(weights.dtype) * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
+    kept = kept if sequence is None else kept.transpose(0, 1).unsqueeze(0)
+    return kept.to(weights.dtype) * (0.0 if options.dropout_p == 1 else 1 / (1 - options.dropout_p))
 
 
 def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -139,7 +139,8 @@ def _lines(info: dict[str, Any]) -> list[str]:
     built = info["built_for"]
     cuda = f"CUDA {info['torch_cuda']}" if info["torch_cuda"] else "no CUDA"
     cudnn = f", cuDNN {info['cudnn']}" if info["cudnn"] else ""
-    kernels = "CPU (generic, avx2, avx512)" if platform.machine() == "x86_64" else "CPU (generic)"
+    x86 = platform.machine() == "x86_64"
+    kernels = "CPU (generic, avx2, avx512, avx512_bf16)" if x86 else "CPU (generic)"
     if built["cuda"]:
         kernels += f", CUDA {built['cuda']} for {', '.join(built['cuda_architectures'])}"
     rows = [

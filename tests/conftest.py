@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from fused.testing import emulated_cuda
 BACKENDS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 _deselected = pytest.StashKey[int]()
+_CHECKED = "checked"
 _backends = pytest.StashKey[dict[str, str]]()
 
 
@@ -25,6 +26,23 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
             yield torch.device("cpu")
     else:
         yield torch.device(request.param)
+
+
+class Counted:
+    """Counts what a test checks, for the report: called once for each."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> None:
+        self.number += 1
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, object], None]) -> Iterator[Counted]:
+    count = Counted()
+    yield count
+    record_property(_CHECKED, count.number)
 
 
 @pytest.fixture(scope="session")
@@ -73,15 +91,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     backends = terminalreporter.config.stash.get(_backends, {})
     tests: Counter[str] = Counter()
     seconds: defaultdict[str, float] = defaultdict(float)
+    checked: Counter[tuple[str, str]] = Counter()
     for reports in terminalreporter.stats.values():
         for report in reports:
             if isinstance(report, pytest.TestReport) and report.nodeid in backends:
                 backend = backends[report.nodeid]
                 tests[backend] += report.when == "call"
                 seconds[backend] += report.duration
+                if report.when == "teardown":
+                    number = sum(n for name, n in report.user_properties if name == _CHECKED)
+                    checked[backend, report.nodeid.split("::")[1].split("[")[0]] += number
     terminalreporter.section("backends")
     for backend in sorted(tests):
         share = seconds[backend] / max(sum(seconds.values()), 1e-9)
         terminalreporter.line(
             f"{backend:10}  {tests[backend]:5} tests  {seconds[backend]:6.1f} s  {share:4.0%}"
         )
+    for (backend, test), number in sorted(checked.items()):
+        if number:
+            terminalreporter.line(f"{backend:10}  {number:5} cases of {test}")

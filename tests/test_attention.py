@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import reference
-from fused._attention import AttentionFunction
 from fused._attention_composite import Options, dropout_mask
+from fused._attention_function import AttentionFunction
 from fused.functional import scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock
 from fused.testing.attention import assert_case, draw_grads, run_fused
@@ -78,7 +78,9 @@ def test_dropout_forward_and_gradients(dropout_p: float, backend: torch.device) 
     rng = torch.tensor([42, 43], device=backend)
     inputs = [t.requires_grad_() for t in tensors]
     out, _ = AttentionFunction.apply(*inputs, *Options(rng=rng, dropout_p=dropout_p))
-    keep = dropout_mask(rng, dropout_p, out.new_empty(*out.shape[:3], tensors[1].shape[2]))
+    keep = dropout_mask(
+        Options(rng=rng, dropout_p=dropout_p), out.new_empty(*out.shape[:3], tensors[1].shape[2])
+    )
     expected = reference.scaled_dot_product_attention(*inputs, keep=keep)
     grad_out = torch.randn_like(out)
     torch.testing.assert_close(out, expected)

@@ -40,7 +40,7 @@ def test_first_and_second_derivatives(causal: bool) -> None:
 
 
 def test_second_derivative_with_dropout() -> None:
-    from fused._attention import AttentionFunction
+    from fused._attention_function import AttentionFunction
 
     inputs, _ = double_inputs(AttentionCase("dropout", 1, 1, rows=4, keys=6, head_dim=2))
     rng = torch.tensor([5, 6])

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fused
 from fused import _route, reference
-from fused._attention import AttentionFunction, make_options
+from fused._attention import make_options
 from fused._attention_composite import Options, dropout_mask
+from fused._attention_function import AttentionFunction
 from fused.functional import merge_attention, scaled_dot_product_attention
 from fused.testing import emulated_cuda
 from fused.testing.attention import Judgement, draw_grads, run_fused
@@ -36,7 +37,6 @@ def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCa
     heads_kv = draw(st.integers(1, 2))
     rows, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     bound = st.one_of(st.just(-1), st.integers(0, longest))
-    width = st.one_of(st.just(8), st.integers(1, widest))  # tensor cores take multiples of 8
     return AttentionCase(
         "random",
         batch=draw(st.integers(1, 2)),
@@ -44,8 +44,8 @@ def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCa
         heads_kv=heads_kv,
         rows=rows,
         keys=keys,
-        head_dim=draw(width),
-        head_dim_v=draw(width),
+        head_dim=draw(st.integers(1, widest)),
+        head_dim_v=draw(st.integers(1, widest)),
         mask=draw(st.sampled_from(MASKS)),
         is_causal=draw(st.booleans()),
         causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
@@ -147,7 +147,9 @@ def test_everything_with_dropout(backend: torch.device) -> None:
     rng = torch.tensor([42, 43], device=backend)
     constants = make_options(tensors[0], dropout_p=0.3, **options)._replace(rng=rng)
     out, _ = AttentionFunction.apply(*tensors, *constants)
-    keep = dropout_mask(rng, 0.3, out.new_empty(*out.shape[:3], tensors[1].shape[2]))
+    keep = dropout_mask(
+        Options(rng=rng, dropout_p=0.3), out.new_empty(*out.shape[:3], tensors[1].shape[2])
+    )
     assert 0.6 < (keep > 0).double().mean() < 0.8
     expected = reference.scaled_dot_product_attention(*tensors, keep=keep, **options)
     torch.testing.assert_close(out, expected)

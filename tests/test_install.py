@@ -103,7 +103,10 @@ def test_an_unknown_instruction_set_is_an_error_at_import() -> None:
     environment = {**os.environ, "FUSED_ISA": "avx3"}
     command = [sys.executable, "-c", "import fused"]
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert "ValueError: FUSED_ISA must be generic, avx2 or avx512, got 'avx3'" in answer.stderr
+    assert (
+        "ValueError: FUSED_ISA must be generic, avx2, avx512 or avx512_bf16, got 'avx3'"
+        in answer.stderr
+    )
     environment["FUSED_ISA"] = "generic"
     command[-1] = "from fused import _load; print(_load.load().isa())"
     answer = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -144,7 +147,7 @@ def test_info_as_json() -> None:
     info = json.loads(answer.stdout)
     assert info["fused"] == fused.__version__
     assert info["torch"] == torch.__version__
-    assert info["cpu_isa"] in ("generic", "avx2", "avx512")
+    assert info["cpu_isa"] in ("generic", "avx2", "avx512", "avx512_bf16")
     assert info["built_for"]["torch"] == _load.build_info().torch
     assert isinstance(info["missing"], list)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from conftest import Counted
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,6 +21,9 @@ DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 # Scalar, empty, ragged, and longer than a chunk of the GPU kernel and of the CPU's threads.
 SHAPES = [(), (0,), (1,), (3, 5), (17, 1, 13), (8192 + 37,)]
 STEPS = 8
+# FUSED_EXAMPLES=500 for the long run.
+EXAMPLES = int(os.environ.get("FUSED_EXAMPLES", "60"))
+every_run_the_same = hypothesis.settings(max_examples=EXAMPLES, derandomize=True, deadline=None)
 
 Options = dict[str, Any]
 
@@ -165,14 +170,9 @@ def test_a_hundred_steps(cls: type, backend: torch.device) -> None:
     compare(cls, stock_cls, torch.float32, backend, options, steps=100)
 
 
-@hypothesis.settings(
-    max_examples=60,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@every_run_the_same
 @hypothesis.given(data=st.data())
-def test_random_combinations(backend: torch.device, data: st.DataObject) -> None:
+def check_random_combination(backend: torch.device, count: Counted, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     flag = st.booleans()
     options: Options = {
@@ -197,6 +197,12 @@ def test_random_combinations(backend: torch.device, data: st.DataObject) -> None
         smallest = [] if options["betas"][1] == 0 else [1e-3]
         options["eps"] = data.draw(st.sampled_from([*smallest, 0.1]), "eps")
     compare(cls, stock_cls, dtype, backend, options, steps=data.draw(st.integers(1, 6), "steps"))
+    count()
+
+
+def test_random_combinations(backend: torch.device, counted: Counted) -> None:
+    check_random_combination(backend, counted)
+    assert counted.number >= EXAMPLES
 
 
 @pytest.mark.parametrize("cls", [fused.Adam, fused.AdamW])

@@ -136,6 +136,72 @@ def test_opcheck_sgd(momentum: float, scaled: bool) -> None:
     )
 
 
+# How the states beside bfloat16 parameters are stored, and what the lists of an op then hold.
+STORED = ["remainder", "float32 master", "by chance"]
+
+
+def stored_lists(stored: str, num_states: int) -> tuple[list[list[Tensor]], dict[str, Any]]:
+    """Lists of int8 states, scales, masters and averages, and the arguments that go with them."""
+    params = tensors(2, torch.bfloat16)
+    states = [
+        [torch.randint(1, 100, p.shape).to(torch.uint8 if k else torch.int8) for p in params]
+        for k in range(num_states)
+    ]
+    scales = [torch.rand(1) + 0.5 for _ in range(2 * num_states)]
+    master = torch.int16 if stored == "remainder" else torch.float32
+    masters = [] if stored == "by chance" else [p.detach().to(master) for p in params]
+    arguments = {
+        "norm": torch.tensor(2.0, dtype=torch.float64),
+        "max_norm": 1.0,
+        "skip_nonfinite": True,
+        "zero_grad": True,
+        "ema_decay": 0.9,
+        "rng": torch.tensor([3, 5]) if stored == "by chance" else None,
+    }
+    return [*states, scales, masters, tensors(2)], arguments
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_opcheck_adam_with_everything(stored: str) -> None:
+    (*moments, scales, masters, emas), arguments = stored_lists(stored, 3)
+    params, grads = tensors(2, torch.bfloat16), tensors(2, torch.bfloat16)
+    steps = [torch.tensor(3.0), torch.tensor(1.0)]
+    numbers = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-3}
+    torch.library.opcheck(
+        torch.ops.fused.adam_.default,
+        (params, grads, *moments, steps, scales, masters, emas),
+        {
+            **numbers,
+            **arguments,
+            "amsgrad": True,
+            "maximize": False,
+            "decoupled_weight_decay": False,
+            "capturable": False,
+        },
+    )
+
+
+@pytest.mark.parametrize("stored", STORED)
+def test_opcheck_sgd_with_everything(stored: str) -> None:
+    (buffers, scales, masters, emas), arguments = stored_lists(stored, 1)
+    params, grads = tensors(2, torch.bfloat16), tensors(2, torch.bfloat16)
+    torch.library.opcheck(
+        torch.ops.fused.sgd_.default,
+        (params, grads, buffers, scales, masters, emas),
+        {
+            **arguments,
+            "lr": 0.1,
+            "weight_decay": 0.1,
+            "momentum": 0.9,
+            "dampening": 0.1,
+            "nesterov": False,
+            "maximize": True,
+            "first_step": False,
+            "capturable": False,
+        },
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("cls, options", CASES)
 def test_explain_never_says_composite_for_a_listed_option(

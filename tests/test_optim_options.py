@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from conftest import Counted
 from hypothesis import strategies as st
+from test_optim import EXAMPLES, every_run_the_same
 from torch import Tensor
 
 import fused
@@ -130,24 +131,16 @@ def test_each_option(rule: str, extra: str, dtype: torch.dtype, backend: torch.d
 
 
 @pytest.mark.parametrize("extra", EXTRAS)
-@pytest.mark.parametrize("rule", ["adam", "sgd"])
+@pytest.mark.parametrize("rule", RULES)
 def test_a_hundred_steps(rule: str, extra: str, backend: torch.device) -> None:
     dtype = torch.bfloat16 if extra in ("remainder", "stochastic rounding") else torch.float32
     options = {**RULE_OPTIONS[rule], "lr": 0.01}
     compare(rule, dtype, options, EXTRAS[extra], backend, steps=100, shapes=[(), (3, 301)])
 
 
-EXAMPLES = int(os.environ.get("FUSED_OPTIM_EXAMPLES", "60"))
-
-
-@hypothesis.settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
-)
+@every_run_the_same
 @hypothesis.given(data=st.data())
-def test_random_combinations(backend: torch.device, data: st.DataObject) -> None:
+def check_random_combination(backend: torch.device, count: Counted, data: st.DataObject) -> None:
     def one_of(name: str, *values: Any) -> Any:
         return data.draw(st.sampled_from(values), name)
 
@@ -178,3 +171,9 @@ def test_random_combinations(backend: torch.device, data: st.DataObject) -> None
     if extra["master_weights"] is None and dtype != torch.float16:
         extra["stochastic_rounding"] = one_of("stochastic_rounding", False, True)
     compare(rule, dtype, options, extra, backend, one_of("steps", 1, 2, 5), shapes=SHORT)
+    count()
+
+
+def test_random_combinations(backend: torch.device, counted: Counted) -> None:
+    check_random_combination(backend, counted)
+    assert counted.number >= EXAMPLES

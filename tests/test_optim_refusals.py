@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,13 @@ import fused
 def snapshot(params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Any]:
     state = copy.deepcopy(optimizer.state_dict()["state"])
     return [[p.detach().clone() for p in params], [p._version for p in params], state]
+
+
+def assert_unchanged(before: list[Any], after: list[Any]) -> None:
+    for a, b in zip(before[0], after[0], strict=True):
+        assert torch.equal(a, b)
+    assert before[1] == after[1]
+    assert str(before[2]) == str(after[2])
 
 
 def break_grad_shape(params: list[Tensor], state: dict) -> None:
@@ -72,11 +80,7 @@ def test_a_step_that_fails_changes_nothing(
     before = snapshot(params, optimizer)
     with pytest.raises(error, match=message):
         optimizer.step()
-    after = snapshot(params, optimizer)
-    for a, b in zip(before[0], after[0], strict=True):
-        assert torch.equal(a, b)
-    assert before[1] == after[1]
-    assert str(before[2]) == str(after[2])
+    assert_unchanged(before, snapshot(params, optimizer))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -115,3 +119,62 @@ def test_a_missing_state_is_named(cls: type, backend: torch.device) -> None:
     with pytest.raises(KeyError, match="max_exp_avg_sq"):
         optimizer.step()
     assert str(snapshot([param], optimizer)) == str(before)
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("allocations", [0, 1, 3])
+def test_no_memory_for_the_states(
+    cls: type, allocations: int, backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first step that runs out of memory has made no state, and may be tried again."""
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(4)]
+    groups = [{"params": params[:2]}, {"params": params[2:]}]
+    optimizer, other = (cls(copy.deepcopy(groups), **OPTIONS[cls]) for _ in range(2))
+    optimizer.param_groups[0]["params"], optimizer.param_groups[1]["params"] = (
+        params[:2],
+        params[2:],
+    )
+    set_gradients(params, 0)
+    zeros_like, left = torch.zeros_like, [allocations]
+
+    def scarce(*args: Any, **kwargs: Any) -> Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("no memory")
+        return zeros_like(*args, **kwargs)
+
+    before = snapshot(params, optimizer)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "zeros_like", scarce)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert_unchanged(before, snapshot(params, optimizer))
+    optimizer.step()
+    others = [p for group in other.param_groups for p in group["params"]]
+    set_gradients(others, 0)
+    other.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_no_memory_for_a_copy(cls: type) -> None:
+    """A gradient in another layout is copied, here where the address space ends."""
+    resource = pytest.importorskip("resource")
+    side = 3000
+    params = [leaf(torch.ones(5)), leaf(torch.ones(side, side))]
+    optimizer = cls(params, **OPTIONS[cls])
+    set_gradients(params, 0)
+    optimizer.step()
+    params[1].grad = params[1].grad.t()
+    before = snapshot(params, optimizer)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + side * side, limits[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"not enough memory|alloc"):
+            optimizer.step()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert_unchanged(before, snapshot(params, optimizer))
+    optimizer.step()
+    assert all(p._version > version for p, version in zip(params, before[1], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -273,6 +274,40 @@ def test_mixed_dtypes_in_one_group(backend: torch.device) -> None:
             p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
             optimizer.step()
         assert torch.equal(p, together[i])
+
+
+IN_MID_TRAINING: dict[str, dict[str, Any]] = {
+    **STORED,
+    "clip and skip": {"max_norm": 1.0, "nonfinite": "skip", "zero_grad": True},
+    "clip groups": {"max_norm": 1.0, "norm_scope": "group", "nonfinite": "error"},
+    "average": {"ema_decay": 0.9},
+    "by chance": {"stochastic_rounding": True},
+}
+
+
+@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("extra", IN_MID_TRAINING)
+@pytest.mark.parametrize("cls", [fused.AdamW, fused.SGD])
+def test_copies_in_mid_training(
+    cls: type, extra: str, duplicate: str, backend: torch.device
+) -> None:
+    """A copy has the options, the states and the norm, and goes on as the original does."""
+    extras = IN_MID_TRAINING[extra]
+    params = leaves(backend)
+    optimizer = cls(params, **OPTIONS[cls], **extras)
+    run(params, optimizer, range(3))
+    pair = (params, optimizer)
+    others, copied = (
+        copy.deepcopy(pair) if duplicate == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    )
+    assert type(copied) is cls and copied.extras == optimizer.extras
+    if "max_norm" in extras:
+        assert torch.equal(copied.grad_norm, optimizer.grad_norm)
+    assert_equal(everything(params, optimizer), everything(others, copied))
+    for tensors, each in ((params, optimizer), (others, copied)):
+        torch.manual_seed(7)  # of the rounding
+        run(tensors, each, range(3, 6))
+    assert_equal(everything(params, optimizer), everything(others, copied))
 
 
 COMPILED: list[dict[str, Any]] = [

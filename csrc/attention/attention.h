@@ -13,6 +13,11 @@
 //
 // B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a
 // multiple of G), D = head_dim of q and k, Dv = head_dim of v.
+//
+// Sequences of their own lengths lie packed, one behind the other, in tensors of batch 1 whose S
+// and T are the rows of all: sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1,
+// and keys likewise. Above, S, T, i and j are then its own; attention_sequence.h tells them. Rows
+// behind the last sequence see nothing and give no gradient.
 #pragma once
 
 #include <cstdint>
@@ -33,10 +38,12 @@ struct HeadStrides {
 
 enum class MaskKind : int8_t { kNone, kBool, kAdditive };
 
-// A mask of shape [B, H, S, T] in which broadcast dimensions have stride 0.
+// A mask of shape [B, H, S, T] in which broadcast dimensions have stride 0. One for packed
+// sequences has rows and columns for the longest; what lies beyond them is hidden.
 struct AttentionMask {
   const void* data;
   int64_t batch_stride, head_stride, row_stride, column_stride;
+  int32_t rows, columns;  // kMaxLength along a broadcast dimension
   MaskKind kind;
   DType dtype;  // of an additive mask
 };
@@ -51,7 +58,11 @@ struct AttentionProblem {
   const void* maybe_alibi_slopes;  // [H], float (double for double)
   const void* maybe_sink;          // [H], float (double for double)
   const int64_t* maybe_rng;  // [2]: seed and offset of the dropout mask, on the tensors' device
+  // [num_sequences + 1], rising from 0, on the tensors' device; both or neither.
+  const int32_t* maybe_cu_seqlens_q;
+  const int32_t* maybe_cu_seqlens_k;
   int32_t batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
+  int32_t num_sequences;              // batch, or how many are packed
   int32_t window_left, window_right;  // row i sees the keys around i + T - S; -1: no bound
   uint32_t drop_threshold;  // an element is dropped where its 32 random bits are below this
   double scale;             // multiplies q . k
@@ -71,7 +82,7 @@ struct AttentionForwardParams : AttentionProblem {
   HeadStrides out_strides;
 };
 
-// A tensor of shape [B, H, S, T] that takes the sum of ds over each dimension of stride 0.
+// A tensor of a mask's shape that takes the sum of ds over each dimension of stride 0.
 struct ScoreGradient {
   void* data;  // float (double for double)
   int64_t batch_stride, head_stride, row_stride, column_stride;
@@ -104,6 +115,7 @@ inline const char* attention_unsupported(const AttentionProblem& problem) {
   if (problem.head_dim_v > kMaxHeadDim) return "no kernel for a value head_dim above 512";
   if (problem.seqlen_q > kMaxLength) return "no kernel for a length of q above 2^30";
   if (problem.seqlen_k > kMaxLength) return "no kernel for a length of k above 2^30";
+  if (problem.num_sequences > kMaxLength) return "no kernel for more than 2^30 sequences";
   return nullptr;
 }
 

@@ -11,7 +11,6 @@
 // A block computes kOwn rows by kWidth columns of one head's gradient. Who holds what:
 // attention_tile.cuh.
 #include "attention/attention_backward.cuh"
-#include "attention/attention_mma.h"
 
 namespace fused {
 namespace {
@@ -53,28 +52,29 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   constexpr bool kOwnsQueries = kGradient == Gradient::kQuery;
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
   const int32_t columns = kGradient == Gradient::kValue ? p.head_dim_v : p.head_dim;
-  const BlockPlace place = kOwnsQueries ? block_place(p.num_heads, p.seqlen_q, columns)
-                                        : block_place(p.num_heads_kv, p.seqlen_k, columns);
+  const BlockPlace place = block_place(p, kOwnsQueries, columns);
+  const Sequence& sequence = place.sequence;
+  const int32_t own_length = kOwnsQueries ? sequence.seqlen_q : sequence.seqlen_k;
+  if (place.own_row >= own_length) return;
   const int32_t group = p.num_heads / p.num_heads_kv;
   const int32_t head_kv = kOwnsQueries ? place.head / group : place.head;
-  const auto k = head_matrix<T>(p.k, p.k_strides, place.batch, head_kv, p.seqlen_k, p.head_dim);
-  const auto v = head_matrix<T>(p.v, p.v_strides, place.batch, head_kv, p.seqlen_k, p.head_dim_v);
+  const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
+  const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
-  const Band band = visible_band(p);
-  const int32_t own_length = kOwnsQueries ? p.seqlen_q : p.seqlen_k;
+  const Band band = visible_band(p, sequence);
   A result[kRowsPerThread][kValuesPerThread] = {};
   // A key's gradient sums over all query heads that share it.
   const int32_t head_begin = kOwnsQueries ? place.head : place.head * group;
   const int32_t head_end = kOwnsQueries ? place.head + 1 : head_begin + group;
   for (int32_t head = head_begin; head < head_end; ++head) {
-    const auto q = head_matrix<T>(p.q, p.q_strides, place.batch, head, p.seqlen_q, p.head_dim);
+    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
     const auto grad_out =
-        head_matrix<T>(p.grad_out, p.grad_out_strides, place.batch, head, p.seqlen_q, p.head_dim_v);
+        query_matrix<T>(p.grad_out, p.grad_out_strides, sequence, head, p.head_dim_v);
 
     const int32_t last_own = min(place.own_row + kOwn, own_length) - 1;
-    const Range others = kOwnsQueries ? keys_seen_by(p, band, place.own_row, last_own)
-                                      : rows_seeing(p, band, place.own_row, last_own);
+    const Range others = kOwnsQueries ? keys_seen_by(sequence, band, place.own_row, last_own)
+                                      : rows_seeing(sequence, band, place.own_row, last_own);
     for (int32_t other_row = others.begin; other_row < others.end; other_row += kOther) {
       A scores[kRowsPerThread][kColumnsPerThread];
       A dots[kRowsPerThread][kColumnsPerThread] = {};  // grad_v does without
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
           const int32_t other = other_row + thread_column + 16 * c;
           const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
           const ScoreWeight<A> weight =
-              score_weight(p, band, place.batch, head, row, column, scores[r][c], dots[r][c]);
+              score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c]);
           tiles.weights[thread_row + r][thread_column + 16 * c] =
               kGradient == Gradient::kValue ? weight.kept : weight.gradient * weight.slope;
         }
@@ -112,38 +112,26 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   for (int r = 0; r < kRowsPerThread; ++r) {
     row_scale[r] = kGradient == Gradient::kValue ? A(1) : static_cast<A>(p.scale);
   }
-  if (kGradient == Gradient::kQuery) {
-    store_result<T>(p.maybe_grad_q, p.grad_q_strides, place.batch, place.head, place.own_row,
-                    p.seqlen_q, place.column, columns, result, row_scale);
-  } else if (kGradient == Gradient::kKey) {
-    store_result<T>(p.maybe_grad_k, p.grad_k_strides, place.batch, place.head, place.own_row,
-                    p.seqlen_k, place.column, columns, result, row_scale);
-  } else {
-    store_result<T>(p.maybe_grad_v, p.grad_v_strides, place.batch, place.head, place.own_row,
-                    p.seqlen_k, place.column, columns, result, row_scale);
-  }
+  T* const data = static_cast<T*>(kGradient == Gradient::kQuery ? p.maybe_grad_q
+                                  : kGradient == Gradient::kKey ? p.maybe_grad_k
+                                                                : p.maybe_grad_v);
+  const HeadStrides& strides = kGradient == Gradient::kQuery ? p.grad_q_strides
+                               : kGradient == Gradient::kKey ? p.grad_k_strides
+                                                             : p.grad_v_strides;
+  T* const gradient = kOwnsQueries ? query_rows(data, strides, sequence, place.head)
+                                   : key_rows(data, strides, sequence, place.head);
+  store_result(gradient, strides.row, place.own_row, own_length, place.column, columns, result,
+               row_scale);
 }
 
 template <Gradient kGradient, typename T>
 Status launch_gradient(const AttentionBackwardParams& p, Stream stream) {
   const bool owns_queries = kGradient == Gradient::kQuery;
-  const int64_t blocks = num_blocks(p.batch, owns_queries ? p.num_heads : p.num_heads_kv,
-                                    owns_queries ? p.seqlen_q : p.seqlen_k,
-                                    kGradient == Gradient::kValue ? p.head_dim_v : p.head_dim);
+  const int64_t blocks =
+      num_blocks(p, owns_queries, kGradient == Gradient::kValue ? p.head_dim_v : p.head_dim);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return launch(attention_backward_kernel<kGradient, T>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kAttentionThreads), sizeof(AttentionTiles<Accumulator<T>>), stream, p);
-}
-
-template <typename T>
-Status launch_gradients(const AttentionBackwardParams& p, Stream stream) {
-  Status status = nullptr;
-  if (p.maybe_grad_q != nullptr) status = launch_gradient<Gradient::kQuery, T>(p, stream);
-  if (status == nullptr && p.maybe_grad_k != nullptr) {
-    status = launch_gradient<Gradient::kKey, T>(p, stream);
-    if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(p, stream);
-  }
-  return status;
 }
 
 }  // namespace
@@ -157,9 +145,12 @@ Status attention_backward_cuda(const AttentionBackwardParams& params, Stream str
     if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
     Status status = launch(attention_backward_delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                            dim3(kAttentionThreads), 0, stream, params);
-    if (status == nullptr) {
-      status = attention_mma_supported(params) ? attention_mma_backward(params, stream)
-                                               : launch_gradients<T>(params, stream);
+    if (status == nullptr && params.maybe_grad_q != nullptr) {
+      status = launch_gradient<Gradient::kQuery, T>(params, stream);
+    }
+    if (status == nullptr && params.maybe_grad_k != nullptr) {
+      status = launch_gradient<Gradient::kKey, T>(params, stream);
+      if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(params, stream);
     }
     return status == nullptr ? attention_backward_scores_cuda(params, stream) : status;
   });

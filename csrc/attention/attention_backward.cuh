@@ -17,29 +17,22 @@ struct ScoreWeight {
   A slope;     // the final score's derivative by scale * q . k
 };
 
-// From an element's final score, p, keep and product grad_out . v, and its row's delta.
-template <typename A>
-__device__ __forceinline__ ScoreWeight<A> weigh_score(const Score<A>& score, A probability, A keep,
-                                                      A dot_v, A delta) {
-  if (score.value == kHiddenScore<A>) return {0, 0, 0};
-  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
-}
-
 // From an element's products q . k and grad_out . v. Hidden keys give zeros, not even a NaN, and so
 // does an element outside the matrix.
 template <typename A>
 __device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardParams& p,
-                                                       const Band& band, int32_t batch,
+                                                       const Sequence& sequence, const Band& band,
                                                        int32_t head, int32_t row, int32_t column,
                                                        A dot, A dot_v) {
-  if (row >= p.seqlen_q || column >= p.seqlen_k) return {0, 0, 0};
-  const Score<A> score = final_score(p, band, batch, head, row, column, dot);
-  const int64_t index = (static_cast<int64_t>(batch) * p.num_heads + head) * p.seqlen_q + row;
+  if (row >= sequence.seqlen_q || column >= sequence.seqlen_k) return {0, 0, 0};
+  const Score<A> score = final_score(p, sequence, band, head, row, column, dot);
+  if (score.value == kHiddenScore<A>) return {0, 0, 0};
+  const int64_t index = row_of_all(p, sequence, head, row);
   const RowStats<A> stats = load_row_stats<A>(p, p.row_stats, index);
   const A probability = exp(score.value - stats.max) * stats.inverse_sum;
-  const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, batch, head, row, column);
+  const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, sequence, head, row, column);
   const A delta = static_cast<const A*>(p.delta)[index];
-  return weigh_score(score, probability, keep, dot_v, delta);
+  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
 }
 
 }  // namespace fused

@@ -26,6 +26,30 @@ FUSED_HOST_DEVICE int32_t num_tiles(int32_t length, int32_t tile) {
   return (length + tile - 1) / tile;
 }
 
+// What a block adds up, as far as the sequences have it.
+struct Shares {
+  Range key_tiles, row_tiles, heads, sequences;
+};
+
+// One tile of a mask's gradient.
+__device__ __forceinline__ Shares mask_shares(const AttentionProblem& p,
+                                              const ScoreGradient& gradient) {
+  unsigned index = blockIdx.x;
+  Shares shares;
+  shares.key_tiles = take_share(gradient.column_stride, num_tiles(p.mask.columns, kOther), index);
+  shares.row_tiles = take_share(gradient.row_stride, num_tiles(p.mask.rows, kOwn), index);
+  shares.heads = take_share(gradient.head_stride, p.num_heads, index);
+  shares.sequences = take_share(gradient.batch_stride, p.num_sequences, index);
+  return shares;
+}
+
+// One tile of a sequence's rows, with all of its keys.
+__device__ __forceinline__ Shares row_shares(const AttentionProblem& p) {
+  const BlockPlace place = block_place(p, true, 1);
+  const int32_t tile = place.own_row / kOwn, index = place.sequence.index;
+  return {{0, INT32_MAX}, {tile, tile + 1}, {place.head, place.head + 1}, {index, index + 1}};
+}
+
 // Writes the tile whose sums lie in tiles.weights, summed over what the gradient does not have.
 template <typename A>
 __device__ __forceinline__ void store_sums(const ScoreGradient& gradient, AttentionTiles<A>& tiles,
@@ -63,26 +87,26 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   using A = Accumulator<T>;
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
-  const Band band = visible_band(p);
-  unsigned index = blockIdx.x;
-  const Range key_tiles = take_share(gradient.column_stride, num_tiles(p.seqlen_k, kOther), index);
-  const Range row_tiles = take_share(gradient.row_stride, num_tiles(p.seqlen_q, kOwn), index);
-  const Range heads = take_share(gradient.head_stride, p.num_heads, index);
-  const Range batches = take_share(gradient.batch_stride, p.batch, index);
+  const Shares shares = kByDistance ? row_shares(p) : mask_shares(p, gradient);
 
   A sums[kRowsPerThread][kColumnsPerThread] = {};
-  for (int32_t batch = batches.begin; batch < batches.end; ++batch) {
-    for (int32_t head = heads.begin; head < heads.end; ++head) {
+  for (int32_t index = shares.sequences.begin; index < shares.sequences.end; ++index) {
+    const Sequence sequence = sequence_of(p, index);
+    const Band band = visible_band(p, sequence);
+    const int32_t row_end = min(shares.row_tiles.end, num_tiles(sequence.seqlen_q, kOwn));
+    const int32_t key_end = min(shares.key_tiles.end, num_tiles(sequence.seqlen_k, kOther));
+    for (int32_t head = shares.heads.begin; head < shares.heads.end; ++head) {
       const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
-      const auto q = head_matrix<T>(p.q, p.q_strides, batch, head, p.seqlen_q, p.head_dim);
-      const auto k = head_matrix<T>(p.k, p.k_strides, batch, head_kv, p.seqlen_k, p.head_dim);
-      const auto v = head_matrix<T>(p.v, p.v_strides, batch, head_kv, p.seqlen_k, p.head_dim_v);
+      const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
+      const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
+      const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
       const auto grad_out =
-          head_matrix<T>(p.grad_out, p.grad_out_strides, batch, head, p.seqlen_q, p.head_dim_v);
-      for (int32_t row_tile = row_tiles.begin; row_tile < row_tiles.end; ++row_tile) {
+          query_matrix<T>(p.grad_out, p.grad_out_strides, sequence, head, p.head_dim_v);
+      for (int32_t row_tile = shares.row_tiles.begin; row_tile < row_end; ++row_tile) {
         const int32_t first_row = row_tile * kOwn;
-        const Range keys = keys_seen_by(p, band, first_row, min(first_row + kOwn, p.seqlen_q) - 1);
-        for (int32_t key_tile = key_tiles.begin; key_tile < key_tiles.end; ++key_tile) {
+        const Range keys =
+            keys_seen_by(sequence, band, first_row, min(first_row + kOwn, sequence.seqlen_q) - 1);
+        for (int32_t key_tile = shares.key_tiles.begin; key_tile < key_end; ++key_tile) {
           const int32_t first_key = key_tile * kOther;
           if (first_key >= keys.end || first_key + kOther <= keys.begin) continue;
           A scores[kRowsPerThread][kColumnsPerThread], dots[kRowsPerThread][kColumnsPerThread];
@@ -94,11 +118,13 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
             for (int c = 0; c < kColumnsPerThread; ++c) {
               const int32_t row = first_row + thread_row + r;
               const int32_t column = first_key + thread_column + 16 * c;
-              const A ds = score_weight(p, band, batch, head, row, column, scores[r][c], dots[r][c])
-                               .gradient;
+              const A ds =
+                  score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c])
+                      .gradient;
               if (kByDistance) {
-                const int32_t distance = alibi_distance(p, row, column);
-                sums[r][c] -= ds * static_cast<A>(distance - nearest_distance(p, band, row));
+                const int32_t distance = alibi_distance(sequence, row, column);
+                sums[r][c] -=
+                    ds * static_cast<A>(distance - nearest_distance(p, sequence, band, row));
               } else {
                 sums[r][c] += ds;
               }
@@ -117,11 +143,19 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     }
   }
   __syncthreads();
-  const int32_t first_row = row_tiles.begin * kOwn, first_key = key_tiles.begin * kOther;
-  A* target = static_cast<A*>(gradient.data) + batches.begin * gradient.batch_stride +
-              heads.begin * gradient.head_stride + first_row * gradient.row_stride +
-              first_key * gradient.column_stride;
-  store_sums(gradient, tiles, target, p.seqlen_q - first_row, p.seqlen_k - first_key);
+  const int32_t first_row = shares.row_tiles.begin * kOwn;
+  const int32_t first_key = shares.key_tiles.begin * kOther;
+  A* const data = static_cast<A*>(gradient.data);
+  if (kByDistance) {
+    const Sequence sequence = sequence_of(p, shares.sequences.begin);
+    A* target = data + row_of_all(p, sequence, shares.heads.begin, first_row);
+    store_sums(gradient, tiles, target, sequence.seqlen_q - first_row, kOther);
+  } else {
+    A* target = data + shares.sequences.begin * gradient.batch_stride +
+                shares.heads.begin * gradient.head_stride + first_row * gradient.row_stride +
+                first_key * gradient.column_stride;
+    store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
+  }
 }
 
 // A sum over the block in a fixed order; thread 0 has it.
@@ -140,42 +174,37 @@ template <typename A>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_backward_heads_kernel(const AttentionBackwardParams p) {
   double* of_warps = shared_memory<double>();
-  const int64_t head = blockIdx.x;
-  const A* maybe_row_alibi = static_cast<const A*>(p.maybe_row_alibi);
-  const Band band = visible_band(p);
-  double alibi = 0, sink = 0;
-  for (int64_t batch = 0; batch < p.batch; ++batch) {
-    const int64_t first = (batch * p.num_heads + head) * p.seqlen_q;
-    for (int64_t row = first + threadIdx.x; row < first + p.seqlen_q; row += kAttentionThreads) {
-      if (maybe_row_alibi != nullptr) {
-        alibi += static_cast<double>(maybe_row_alibi[row]) +
-                 nearest_alibi_gradient<A>(p, band, static_cast<int32_t>(row - first), row);
-      }
-      if (p.maybe_grad_sink != nullptr) {
-        sink += sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
-                              load_row_stats<A>(p, p.row_stats, row),
-                              static_cast<const A*>(p.delta)[row]);
-      }
+  const int32_t head = static_cast<int32_t>(blockIdx.x);
+  HeadGradients sum{0, 0};
+  for (int32_t index = 0; index < p.num_sequences; ++index) {
+    const Sequence sequence = sequence_of(p, index);
+    const Band band = visible_band(p, sequence);
+    for (int32_t row = threadIdx.x; row < sequence.seqlen_q; row += kAttentionThreads) {
+      const HeadGradients of_row = head_gradients<A>(p, sequence, band, head, row);
+      sum.alibi += of_row.alibi;
+      sum.sink += of_row.sink;
     }
   }
-  alibi = block_sum(alibi, of_warps);
-  sink = block_sum(sink, of_warps);
+  sum.alibi = block_sum(sum.alibi, of_warps);
+  sum.sink = block_sum(sum.sink, of_warps);
   if (threadIdx.x != 0) return;
-  if (maybe_row_alibi != nullptr) {
-    static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(alibi);
+  if (p.maybe_row_alibi != nullptr) {
+    static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(sum.alibi);
   }
   if (p.maybe_grad_sink != nullptr) {
-    static_cast<A*>(p.maybe_grad_sink)[head] = static_cast<A>(sink);
+    static_cast<A*>(p.maybe_grad_sink)[head] = static_cast<A>(sum.sink);
   }
 }
 
 template <typename T, bool kByDistance>
 Status launch_scores(const AttentionBackwardParams& p, const ScoreGradient& gradient,
                      Stream stream) {
-  const int64_t blocks = (gradient.batch_stride ? int64_t{p.batch} : 1) *
-                         (gradient.head_stride ? p.num_heads : 1) *
-                         (gradient.row_stride ? num_tiles(p.seqlen_q, kOwn) : 1) *
-                         (gradient.column_stride ? num_tiles(p.seqlen_k, kOther) : 1);
+  const int64_t blocks = kByDistance
+                             ? num_blocks(p, true, 1)
+                             : (gradient.batch_stride ? int64_t{p.num_sequences} : 1) *
+                                   (gradient.head_stride ? p.num_heads : 1) *
+                                   (gradient.row_stride ? num_tiles(p.mask.rows, kOwn) : 1) *
+                                   (gradient.column_stride ? num_tiles(p.mask.columns, kOther) : 1);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return launch(attention_backward_scores_kernel<T, kByDistance>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kAttentionThreads),
@@ -192,7 +221,7 @@ Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Str
       status = launch_scores<T, false>(params, params.maybe_grad_mask, stream);
     }
     if (status == nullptr && params.maybe_row_alibi != nullptr) {
-      status = launch_scores<T, true>(params, row_alibi(params), stream);
+      status = launch_scores<T, true>(params, {params.maybe_row_alibi, 0, 0, 1, 0}, stream);
     }
     if (status != nullptr) return status;
     if (params.maybe_grad_alibi_slopes == nullptr && params.maybe_grad_sink == nullptr) {

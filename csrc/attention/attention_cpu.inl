@@ -1,64 +1,96 @@
 // Attention on the CPU, once per instruction set (see attention_cpu.cpp).
 //
-// The same two tile products as on the GPU, with the rows of the "own" operand as the lanes of the
+// Tiles of the score matrix as on the GPU, with the rows of the "own" operand as the lanes of the
 // vector registers:
 //
-//   pairs[j][i]  = other[j] . own[i]             own is packed transposed, once per task
+//   pairs[j][i]  = other[j] . own[i]             own is packed transposed
 //   result[d][i] += sum_j values[j][d] * weights[j][i]
+//   result[j][d] += sum_i weights[j][i] * own[i][d]
 //
-// so that the other operand is read as it lies in memory and the softmax, whose rows are lanes,
-// needs no reduction across a register. A task is one tile of own rows of one head; queries own the
-// forward pass and grad_q, keys own grad_k and grad_v. Every sum has one order: results do not
-// depend on the number of threads, nor a row's on the rows beside it.
+// so that the softmax, whose rows are lanes, needs no reduction across a register. Queries own the
+// forward pass, keys the backward pass. Every sum has one order: results do not depend on the
+// number of threads, nor a row's on the rows beside it.
 
-// Own rows of a task: two stripes of three registers in block_gemm.
-template <typename A>
-constexpr int32_t kOwnRows = 6 * static_cast<int32_t>(kLanes<A>);
+// A tile's own rows, as lanes: what one stripe of block_gemm takes at a time, or two.
+template <typename E>
+constexpr int32_t kOwnRows = (FUSED_VECTOR_BYTES == 64 ? 4 : 6) * static_cast<int32_t>(kLanes<E>);
 constexpr int32_t kOtherRows = 64;
 
+template <typename A>
+static int64_t num_tiles(int64_t rows) {
+  return (rows + kOwnRows<A> - 1) / kOwnRows<A>;
+}
+
+// A task is a slot of own_tile, of so many rows, for one head.
+static inline int64_t num_tasks(const AttentionProblem& p, bool owns_queries, int32_t rows) {
+  return int64_t{p.batch} * (owns_queries ? p.num_heads : p.num_heads_kv) *
+         num_tile_slots(p, owns_queries, rows);
+}
+
+struct TaskPlace {
+  Sequence sequence;
+  int32_t head, row;  // a row behind the sequence leaves nothing to do
+};
+
+static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries, int32_t rows,
+                                   int64_t task) {
+  const int64_t slots = num_tile_slots(p, owns_queries, rows);
+  const int32_t heads = owns_queries ? p.num_heads : p.num_heads_kv;
+  const OwnTile tile = own_tile(p, owns_queries, static_cast<int32_t>(task / slots / heads),
+                                static_cast<int32_t>(task % slots), rows);
+  return {tile.sequence, static_cast<int32_t>(task / slots % heads), tile.row};
+}
+
 // clang-format off: each needs those above it
+#include "attention/attention_cpu_transpose.inl"
+#include "attention/attention_cpu_operand.inl"
 #include "attention/attention_cpu_tile.inl"
 #include "attention/attention_cpu_score.inl"
 #include "attention/attention_cpu_forward.inl"
+#include "attention/attention_cpu_weights.inl"
 #include "attention/attention_cpu_backward.inl"
 #include "attention/attention_cpu_score_gradient.inl"
 // clang-format on
 
-template <typename A>
-static int64_t num_tasks(int64_t batch, int64_t heads, int64_t rows) {
-  return batch * heads * ((rows + kOwnRows<A> - 1) / kOwnRows<A>);
+template <typename T>
+static Status attention_forward_of(const AttentionForwardParams& p) {
+  const int64_t heads = int64_t{p.batch} * p.num_heads;
+  const int32_t tiles = tiles_of_task(heads * num_tiles<Accumulator<T>>(p.seqlen_q));
+  parallel_for(0, num_tasks(p, true, tiles * kOwnRows<Accumulator<T>>), 1,
+               [&](int64_t begin, int64_t end) { forward_tasks<T>(p, tiles, begin, end); });
+  return nullptr;
 }
 
+template <typename T>
+static Status attention_backward_of(const AttentionBackwardParams& p) {
+  using A = Accumulator<T>;
+  constexpr int64_t kDeltaGrain = 256;
+  parallel_for(0, int64_t{p.batch} * p.num_heads * p.seqlen_q, kDeltaGrain,
+               [&](int64_t begin, int64_t end) { delta_rows<T>(p, begin, end); });
+  backward_operands<T>(p);
+  if (p.maybe_grad_mask.data != nullptr) mask_gradient<T>(p);
+  if (p.maybe_row_alibi != nullptr) row_alibi<T>(p);
+  if (p.maybe_grad_alibi_slopes != nullptr || p.maybe_grad_sink != nullptr) {
+    parallel_for(0, p.num_heads, 1,
+                 [&](int64_t begin, int64_t end) { head_sums<A>(p, begin, end); });
+  }
+  return nullptr;
+}
+
+#if FUSED_BFLOAT16_PAIRS
 static Status attention_forward(const AttentionForwardParams& p) {
-  return visit_dtype(p.dtype, [&](auto element) -> Status {
-    using T = decltype(element);
-    parallel_for(0, num_tasks<Accumulator<T>>(p.batch, p.num_heads, p.seqlen_q), 1,
-                 [&](int64_t begin, int64_t end) { forward_tasks<T>(p, begin, end); });
-    return nullptr;
-  });
+  return attention_forward_of<BFloat16>(p);
 }
-
 static Status attention_backward(const AttentionBackwardParams& p) {
-  return visit_dtype(p.dtype, [&](auto element) -> Status {
-    using T = decltype(element);
-    using A = Accumulator<T>;
-    constexpr int64_t kDeltaGrain = 256;
-    parallel_for(0, int64_t{p.batch} * p.num_heads * p.seqlen_q, kDeltaGrain,
-                 [&](int64_t begin, int64_t end) { delta_rows<T>(p, begin, end); });
-    if (p.maybe_grad_q != nullptr) {
-      parallel_for(0, num_tasks<A>(p.batch, p.num_heads, p.seqlen_q), 1,
-                   [&](int64_t begin, int64_t end) { backward_tasks<true, T>(p, begin, end); });
-    }
-    if (p.maybe_grad_k != nullptr) {
-      parallel_for(0, num_tasks<A>(p.batch, p.num_heads_kv, p.seqlen_k), 1,
-                   [&](int64_t begin, int64_t end) { backward_tasks<false, T>(p, begin, end); });
-    }
-    if (p.maybe_grad_mask.data != nullptr) score_gradient<T>(p, p.maybe_grad_mask, false);
-    if (p.maybe_row_alibi != nullptr) score_gradient<T>(p, row_alibi(p), true);
-    if (p.maybe_grad_alibi_slopes != nullptr || p.maybe_grad_sink != nullptr) {
-      parallel_for(0, p.num_heads, 1,
-                   [&](int64_t begin, int64_t end) { head_sums<A>(p, begin, end); });
-    }
-    return nullptr;
-  });
+  return attention_backward_of<BFloat16>(p);
 }
+#else
+static Status attention_forward(const AttentionForwardParams& p) {
+  return visit_dtype(p.dtype,
+                     [&](auto element) { return attention_forward_of<decltype(element)>(p); });
+}
+static Status attention_backward(const AttentionBackwardParams& p) {
+  return visit_dtype(p.dtype,
+                     [&](auto element) { return attention_backward_of<decltype(element)>(p); });
+}
+#endif

@@ -1,151 +1,245 @@
-// Attention backward on the CPU: one task for each tile of queries (grad_q) or of keys (grad_k,
-// grad_v) of a head. Part of attention_cpu.inl.
+// Attention backward on the CPU: grad_q, grad_k and grad_v from one pass over the score matrix of a
+// head, tile of keys by tile of keys. Part of attention_cpu.inl.
+//
+// Where there are fewer heads than threads could take, a pass of its own makes grad_q, with the
+// scores computed again: then tasks are tiles of keys, and groups of queries. Both ways add up the
+// same numbers in the same order.
 
-// delta[row] = sum(grad_out * out) - grad_lse, for rows of all heads.
+// What a tile of keys brings along, and what a thread works on.
+template <typename T>
+struct BackwardScratch {
+  using A = Accumulator<T>;
+  using E = Operand<T>;
+
+  explicit BackwardScratch(const AttentionProblem& p)
+      : k_lanes(int64_t{kOwnRows<A>} * num_elements<E>(p.head_dim)),
+        v_lanes(int64_t{kOwnRows<A>} * num_elements<E>(p.head_dim_v)),
+        k_rows(tile_size<E>(p.head_dim)),
+        q_columns(tile_size<E>(p.head_dim)),
+        q_rows(tile_size<E>(p.head_dim)),
+        grad_out_columns(tile_size<E>(p.head_dim_v)),
+        grad_out_rows(tile_size<E>(p.head_dim_v)),
+        weights(p),
+        elements(kOtherRows * kOwnRows<A>),
+        grad_k(int64_t{kOwnRows<A>} * p.head_dim),
+        grad_v(int64_t{kOwnRows<A>} * p.head_dim_v),
+        out(tile_size<A>(std::max(p.head_dim, p.head_dim_v))) {}
+
+  const Scratch<E> k_lanes, v_lanes, k_rows, q_columns, q_rows, grad_out_columns, grad_out_rows;
+  const WeightsTile<A> weights;
+  const Scratch<E> elements;        // weights again, as operands
+  const Scratch<A> grad_k, grad_v;  // [D][kOwnRows], [Dv][kOwnRows]
+  const Scratch<A> out;
+};
+
+// One query head of a sequence, and what is wanted of it.
+struct BackwardHead {
+  Sequence sequence;
+  Band band;
+  int32_t head, head_kv;
+  bool wants_kv;
+};
+
+// A tile of keys as lanes, and its rows for grad_q.
+template <typename T>
+struct KeyTile {
+  int32_t row, rows;
+  TileRows<Operand<T>> k_rows;
+};
+
+template <typename T>
+static KeyTile<T> load_keys(const AttentionBackwardParams& p, const BackwardHead& h, int32_t row,
+                            const BackwardScratch<T>& scratch) {
+  using E = Operand<T>;
+  const int32_t rows = std::min(kOwnRows<Accumulator<T>>, h.sequence.seqlen_k - row);
+  const auto k = key_matrix<T>(p.k, p.k_strides, h.sequence, h.head_kv, p.head_dim);
+  const auto v = key_matrix<T>(p.v, p.v_strides, h.sequence, h.head_kv, p.head_dim_v);
+  pack_lanes(over_columns(k, row, rows, scratch.q_columns.data()), rows,
+             num_elements<E>(p.head_dim), scratch.k_lanes.data());
+  pack_lanes(over_columns(v, row, rows, scratch.grad_out_columns.data()), rows,
+             num_elements<E>(p.head_dim_v), scratch.v_lanes.data());
+  return {row, rows, over_rows(k, row, rows, scratch.k_rows.data())};
+}
+
+// Takes the queries row .. end of a head, at most kOtherRows, into a tile of keys: adds to its
+// grad_k and grad_v, and to `maybe_grad_q`, their rows of [S, padded(D)].
+template <typename T>
+static void backward_step(const AttentionBackwardParams& p, const BackwardHead& h,
+                          const KeyTile<T>& keys, int32_t row, int32_t end,
+                          const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
+  const int32_t rows = end - row;
+  const auto q = query_matrix<T>(p.q, p.q_strides, h.sequence, h.head, p.head_dim);
+  const auto grad_out =
+      query_matrix<T>(p.grad_out, p.grad_out_strides, h.sequence, h.head, p.head_dim_v);
+  const TilePlace<false> tile{h.sequence, h.head, keys.row, keys.rows, row, rows};
+  tile_weights(p, h.band, tile, over_columns(q, row, rows, scratch.q_columns.data()),
+               over_columns(grad_out, row, rows, scratch.grad_out_columns.data()),
+               scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
+  Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
+  if (p.softcap != 0) multiply_by_slopes(rows, scratch.weights.slopes.data(), dots);
+  if (h.wants_kv) {
+    accumulate(over_rows(grad_out, row, rows, scratch.grad_out_rows.data()), rows,
+               weights_over_rows(scores, rows, scratch.elements.data()), keys.rows, p.head_dim_v,
+               scratch.grad_v.data());
+    accumulate(over_rows(q, row, rows, scratch.q_rows.data()), rows,
+               weights_over_rows(dots, rows, scratch.elements.data()), keys.rows, p.head_dim,
+               scratch.grad_k.data());
+  }
+  if (maybe_grad_q != nullptr) {
+    accumulate_rows(weights_over_lanes(dots, rows, scratch.elements.data()), rows, keys.k_rows,
+                    keys.rows, p.head_dim, maybe_grad_q);
+  }
+}
+
+// Takes those of the queries `rows` that see any of a tile of keys into it. `maybe_grad_q` begins
+// with the first of `rows`.
+template <typename T>
+static void backward_key_tile(const AttentionBackwardParams& p, const BackwardHead& h,
+                              const KeyTile<T>& keys, const Range& rows,
+                              const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
+  const Range seeing = rows_seeing(h.sequence, h.band, keys.row, keys.row + keys.rows - 1);
+  const int32_t end = std::min(seeing.end, rows.end);
+  for (int32_t row = std::max(seeing.begin, rows.begin); row < end; row += kOtherRows) {
+    backward_step(p, h, keys, row, std::min(row + kOtherRows, end), scratch,
+                  maybe_grad_q == nullptr
+                      ? nullptr
+                      : maybe_grad_q + (row - rows.begin) * padded<Accumulator<T>>(p.head_dim));
+  }
+}
+
 template <typename T, typename A = Accumulator<T>>
-static void delta_rows(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const A* maybe_grad_lse = static_cast<const A*>(p.maybe_grad_lse);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t row = index % p.seqlen_q, head = index / p.seqlen_q % p.num_heads,
-                  batch = index / p.seqlen_q / p.num_heads;
-    const T* out = static_cast<const T*>(p.out) + batch * p.out_strides.batch +
-                   head * p.out_strides.head + row * p.out_strides.row;
-    const T* grad_out = static_cast<const T*>(p.grad_out) + batch * p.grad_out_strides.batch +
-                        head * p.grad_out_strides.head + row * p.grad_out_strides.row;
-    A sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int32_t d = 0; d < p.head_dim_v; ++d) sum += load(out[d]) * load(grad_out[d]);
-    static_cast<A*>(p.delta)[index] = maybe_grad_lse ? sum - maybe_grad_lse[index] : sum;
+static void store_grad_kv(const AttentionBackwardParams& p, const BackwardHead& h,
+                          const KeyTile<T>& keys, const BackwardScratch<T>& scratch) {
+  const auto store_gradient = [&](const A* gradient, double scale, void* data,
+                                  const HeadStrides& strides, int32_t columns) {
+    A row_scale[kOwnRows<A>];
+    std::fill_n(row_scale, keys.rows, static_cast<A>(scale));
+    T* target = key_rows(static_cast<T*>(data), strides, h.sequence, h.head_kv);
+    store_lanes(gradient, row_scale, keys.rows, columns, scratch.out.data(),
+                target + keys.row * strides.row, strides.row);
+  };
+  store_gradient(scratch.grad_k.data(), p.scale, p.maybe_grad_k, p.grad_k_strides, p.head_dim);
+  store_gradient(scratch.grad_v.data(), 1.0, p.maybe_grad_v, p.grad_v_strides, p.head_dim_v);
+}
+
+template <typename T, typename A = Accumulator<T>>
+static void store_grad_q(const AttentionBackwardParams& p, const BackwardHead& h, const Range& rows,
+                         const A* grad_q) {
+  T* target = query_rows(static_cast<T*>(p.maybe_grad_q), p.grad_q_strides, h.sequence, h.head);
+  for (int32_t row = rows.begin; row < rows.end; ++row) {
+    store_row(grad_q + (row - rows.begin) * padded<A>(p.head_dim), static_cast<A>(p.scale),
+              p.head_dim, target + row * p.grad_q_strides.row);
   }
 }
 
-// Scores become keep * p, and dots = grad_out . v become ds, the derivative by the final score.
-// Hidden keys get zeros, not even a NaN.
-template <typename A, bool kOwnsQueries>
-static void backward_weights(const AttentionBackwardParams& p, const TilePlace<kOwnsQueries>& tile,
-                             A* scores, A* dots) {
-  const int64_t row_base = (int64_t{tile.batch} * p.num_heads + tile.head) * p.seqlen_q;
-  const A* max = static_cast<const A*>(p.row_stats) + row_base;
-  const A* inverse_sum = max + int64_t{p.batch} * p.num_heads * p.seqlen_q;
-  const A* delta = static_cast<const A*>(p.delta) + row_base;
-  alignas(64) A keep[kOwnRows<A>];
-  std::fill_n(keep, kOwnRows<A>, A(1));
-  for (int32_t j = 0; j < tile.other_rows; ++j) {
-    A* of_score = scores + j * kOwnRows<A>;
-    A* of_dot = dots + j * kOwnRows<A>;
-    if (p.maybe_rng != nullptr) {
-      for (int32_t i = 0; i < tile.own_rows; ++i) {
-        keep[i] = dropout_scale<A>(p, tile.batch, tile.head, tile.row(i, j), tile.column(i, j));
-      }
-    }
-#pragma omp simd
-    for (int32_t i = 0; i < tile.own_rows; ++i) {
-      const int32_t row = kOwnsQueries ? tile.own_row + i : tile.other_row + j;
-      const bool hidden = of_score[i] == kHiddenScore<A>;
-      const A probability = vector_exp(of_score[i] - max[row]) * inverse_sum[row];
-      of_score[i] = hidden ? A(0) : keep[i] * probability;
-      of_dot[i] = hidden ? A(0) : probability * (keep[i] * of_dot[i] - delta[row]);
-    }
-  }
-}
-
-// What the gradients of a tile are made of, from its owner's packed rows: keep * p in `scores`, ds
-// in `dots`, and with a softcap what leads from there to scale * q . k in `slopes`.
-template <typename A, bool kOwnsQueries>
-static void tile_weights(const AttentionBackwardParams& p, const Band& band,
-                         const TilePlace<kOwnsQueries>& tile, const TileRows<A>& other,
-                         const TileRows<A>& other_v, const A* own, const A* own_v, A* scores,
-                         A* dots, A* slopes) {
-  pair_products(other, tile.other_rows, own, tile.own_rows, p.head_dim, scores);
-  pair_products(other_v, tile.other_rows, own_v, tile.own_rows, p.head_dim_v, dots);
-  final_scores(p, band, tile, scores, slopes);
-  backward_weights(p, tile, scores, dots);
-}
-
-// From ds to the derivative by scale * q . k. The zero of a hidden key stays one beside a NaN.
-template <typename A>
-static void multiply_by_slopes(int32_t other_rows, const A* slopes, A* gradients) {
-#pragma omp simd
-  for (int32_t i = 0; i < other_rows * kOwnRows<A>; ++i) {
-    gradients[i] = gradients[i] == 0 ? A(0) : gradients[i] * slopes[i];
-  }
-}
-
-// grad_q for tiles of queries, or grad_k and grad_v for tiles of keys.
-template <bool kOwnsQueries, typename T, typename A = Accumulator<T>>
-static void backward_tasks(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  constexpr int32_t kRows = kOwnRows<A>;
-  const int32_t own_length = kOwnsQueries ? p.seqlen_q : p.seqlen_k;
-  const int32_t own_heads = kOwnsQueries ? p.num_heads : p.num_heads_kv;
-  const int32_t tiles = (own_length + kRows - 1) / kRows;
+// Tasks are key/value heads of sequences, each with the query heads that share it, one after the
+// other. Between two of them the sums of grad_k and grad_v wait in `sums`.
+template <typename T, typename A = Accumulator<T>>
+static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   const int32_t group = p.num_heads / p.num_heads_kv;
-  const Band band = visible_band(p);
-  const Scratch<A> own(int64_t{p.head_dim} * kRows), own_v(int64_t{p.head_dim_v} * kRows),
-      scores(int64_t{kOtherRows} * kRows), dots(int64_t{kOtherRows} * kRows),
-      slopes(p.softcap != 0 ? int64_t{kOtherRows} * kRows : 0), result(int64_t{p.head_dim} * kRows),
-      result_v(int64_t{p.head_dim_v} * kRows), buffer(int64_t{kOtherRows} * kMaxHeadDim),
-      buffer_v(int64_t{kOtherRows} * kMaxHeadDim);
-  alignas(64) A row_scale[kRows];
-
+  const int64_t k_size = int64_t{kOwnRows<A>} * p.head_dim,
+                v_size = int64_t{kOwnRows<A>} * p.head_dim_v;
+  const BackwardScratch<T> scratch(p);
+  // Room for the longest sequence that there can be, of which no more than the own is touched.
+  const Scratch<A> grad_q(int64_t{p.seqlen_q} * padded<A>(p.head_dim)),
+      sums(group > 1 ? num_tiles<A>(p.seqlen_k) * (k_size + v_size) : 0);
   for (int64_t task = begin; task < end; ++task) {
-    const int32_t own_row = static_cast<int32_t>(task % tiles) * kRows;
-    const int32_t own_head = static_cast<int32_t>(task / tiles % own_heads);
-    const int32_t batch = static_cast<int32_t>(task / tiles / own_heads);
-    const int32_t rows = std::min(kRows, own_length - own_row);
-    const int32_t head_kv = kOwnsQueries ? own_head / group : own_head;
-    const auto k = head_matrix<T>(p.k, p.k_strides, batch, head_kv, p.head_dim);
-    const auto v = head_matrix<T>(p.v, p.v_strides, batch, head_kv, p.head_dim_v);
-    std::fill_n(result.data(), int64_t{p.head_dim} * kRows, A(0));
-    std::fill_n(result_v.data(), int64_t{p.head_dim_v} * kRows, A(0));
-    std::fill_n(scores.data(), kOtherRows * kRows, A(0));
-    std::fill_n(dots.data(), kOtherRows * kRows, A(0));
-    if (!kOwnsQueries) {
-      pack_transposed(k, own_row, rows, own.data());
-      pack_transposed(v, own_row, rows, own_v.data());
-    }
-
-    // A key's gradient sums over all query heads that share it.
-    const int32_t head_begin = kOwnsQueries ? own_head : own_head * group;
-    const int32_t head_end = kOwnsQueries ? own_head + 1 : head_begin + group;
-    for (int32_t head = head_begin; head < head_end; ++head) {
-      const auto q = head_matrix<T>(p.q, p.q_strides, batch, head, p.head_dim);
-      const auto grad_out =
-          head_matrix<T>(p.grad_out, p.grad_out_strides, batch, head, p.head_dim_v);
-      if (kOwnsQueries) {
-        pack_transposed(q, own_row, rows, own.data());
-        pack_transposed(grad_out, own_row, rows, own_v.data());
-      }
-      const Range others = kOwnsQueries ? keys_seen_by(p, band, own_row, own_row + rows - 1)
-                                        : rows_seeing(p, band, own_row, own_row + rows - 1);
-      for (int32_t other_row = others.begin; other_row < others.end; other_row += kOtherRows) {
-        const TilePlace<kOwnsQueries> tile{
-            batch, head, own_row, rows, other_row, std::min(kOtherRows, others.end - other_row)};
-        const auto other =
-            tile_rows(kOwnsQueries ? k : q, other_row, tile.other_rows, buffer.data());
-        const auto other_v =
-            tile_rows(kOwnsQueries ? v : grad_out, other_row, tile.other_rows, buffer_v.data());
-        tile_weights(p, band, tile, other, other_v, own.data(), own_v.data(), scores.data(),
-                     dots.data(), slopes.data());
-        if (p.softcap != 0) multiply_by_slopes(tile.other_rows, slopes.data(), dots.data());
-        accumulate(other, tile.other_rows, dots.data(), rows, p.head_dim, result.data());
-        if (!kOwnsQueries) {
-          accumulate(other_v, tile.other_rows, scores.data(), rows, p.head_dim_v, result_v.data());
+    const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads_kv));
+    BackwardHead h{sequence, visible_band(p, sequence), 0,
+                   static_cast<int32_t>(task % p.num_heads_kv), true};
+    const Range rows{0, sequence.seqlen_q};
+    const int64_t q_size = int64_t{sequence.seqlen_q} * padded<A>(p.head_dim);
+    for (int32_t member = 0; member < group; ++member) {
+      h.head = h.head_kv * group + member;
+      std::fill_n(grad_q.data(), q_size, A(0));
+      A* sum = sums.data();
+      for (int32_t key = 0; key < sequence.seqlen_k; key += kOwnRows<A>, sum += k_size + v_size) {
+        const KeyTile<T> keys = load_keys(p, h, key, scratch);
+        if (member == 0) {
+          std::fill_n(scratch.grad_k.data(), k_size, A(0));
+          std::fill_n(scratch.grad_v.data(), v_size, A(0));
+        } else {
+          std::copy_n(sum, k_size, scratch.grad_k.data());
+          std::copy_n(sum + k_size, v_size, scratch.grad_v.data());
+        }
+        backward_key_tile(p, h, keys, rows, scratch, grad_q.data());
+        if (member == group - 1) {
+          store_grad_kv(p, h, keys, scratch);
+        } else {
+          std::copy_n(scratch.grad_k.data(), k_size, sum);
+          std::copy_n(scratch.grad_v.data(), v_size, sum + k_size);
         }
       }
+      store_grad_q<T>(p, h, rows, grad_q.data());
     }
+  }
+}
 
-    const auto store_gradient = [&](const A* gradient, double scale, void* data,
-                                    const HeadStrides& strides, int32_t columns) {
-      std::fill_n(row_scale, kRows, static_cast<A>(scale));
-      T* target = static_cast<T*>(data) + batch * strides.batch + own_head * strides.head +
-                  own_row * strides.row;
-      store_transposed(gradient, row_scale, rows, columns, target, strides.row);
-    };
-    if (kOwnsQueries) {
-      store_gradient(result.data(), p.scale, p.maybe_grad_q, p.grad_q_strides, p.head_dim);
-    } else {
-      store_gradient(result.data(), p.scale, p.maybe_grad_k, p.grad_k_strides, p.head_dim);
-      store_gradient(result_v.data(), 1.0, p.maybe_grad_v, p.grad_v_strides, p.head_dim_v);
+// Tasks are tiles of keys.
+template <typename T, typename A = Accumulator<T>>
+static void backward_key_tiles(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
+  const int32_t group = p.num_heads / p.num_heads_kv;
+  const BackwardScratch<T> scratch(p);
+  for (int64_t task = begin; task < end; ++task) {
+    const TaskPlace place = task_place(p, false, kOwnRows<A>, task);
+    if (place.row >= place.sequence.seqlen_k) continue;
+    BackwardHead h{place.sequence, visible_band(p, place.sequence), 0, place.head, true};
+    const KeyTile<T> keys = load_keys(p, h, place.row, scratch);
+    std::fill_n(scratch.grad_k.data(), int64_t{kOwnRows<A>} * p.head_dim, A(0));
+    std::fill_n(scratch.grad_v.data(), int64_t{kOwnRows<A>} * p.head_dim_v, A(0));
+    for (int32_t member = 0; member < group; ++member) {
+      h.head = h.head_kv * group + member;
+      backward_key_tile(p, h, keys, {0, place.sequence.seqlen_q}, scratch, nullptr);
     }
+    store_grad_kv(p, h, keys, scratch);
+  }
+}
+
+// Tasks are kQueriesOfTask queries: enough of them that packing the keys again costs little.
+constexpr int32_t kQueriesOfTask = 4 * kOtherRows;
+
+template <typename T, typename A = Accumulator<T>>
+static void backward_queries(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
+  const int32_t group = p.num_heads / p.num_heads_kv;
+  const BackwardScratch<T> scratch(p);
+  const int64_t q_size = kQueriesOfTask * padded<A>(p.head_dim);
+  const Scratch<A> grad_q(q_size);
+  for (int64_t task = begin; task < end; ++task) {
+    const auto [sequence, head, row] = task_place(p, true, kQueriesOfTask, task);
+    if (row >= sequence.seqlen_q) continue;
+    const BackwardHead h{sequence, visible_band(p, sequence), head, head / group, false};
+    const Range rows{row, std::min(row + kQueriesOfTask, sequence.seqlen_q)};
+    std::fill_n(grad_q.data(), q_size, A(0));
+    const Range keys = keys_seen_by(sequence, h.band, rows.begin, rows.end - 1);
+    for (int32_t key = keys.begin / kOwnRows<A> * kOwnRows<A>; key < keys.end; key += kOwnRows<A>) {
+      backward_key_tile(p, h, load_keys(p, h, key, scratch), rows, scratch, grad_q.data());
+    }
+    store_grad_q<T>(p, h, rows, grad_q.data());
+  }
+}
+
+// grad_q, grad_k and grad_v, as far as they are wanted.
+template <typename T>
+static void backward_operands(const AttentionBackwardParams& p) {
+  using A = Accumulator<T>;
+  const bool has_rest = p.maybe_cu_seqlens_q != nullptr;
+  const int64_t heads_kv = (int64_t{p.num_sequences} + has_rest) * p.num_heads_kv;
+  const int64_t threads = num_threads();
+  // Five products a tile, by as many heads at a time as there are threads, or seven by all threads.
+  const int64_t turns = (heads_kv + threads - 1) / threads;
+  const bool by_heads =
+      p.maybe_grad_q != nullptr && p.maybe_grad_k != nullptr && 5 * turns * threads <= 7 * heads_kv;
+  if (by_heads) {
+    parallel_for(0, heads_kv, 1,
+                 [&](int64_t begin, int64_t end) { backward_heads<T>(p, begin, end); });
+    return;
+  }
+  if (p.maybe_grad_k != nullptr) {
+    parallel_for(0, num_tasks(p, false, kOwnRows<A>), 1,
+                 [&](int64_t begin, int64_t end) { backward_key_tiles<T>(p, begin, end); });
+  }
+  if (p.maybe_grad_q != nullptr) {
+    parallel_for(0, num_tasks(p, true, kQueriesOfTask), 1,
+                 [&](int64_t begin, int64_t end) { backward_queries<T>(p, begin, end); });
   }
 }

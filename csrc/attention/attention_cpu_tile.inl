@@ -1,88 +1,52 @@
 // The tile products of attention on the CPU. Part of attention_cpu.inl.
 
-// One head of a [B, H, S, D] tensor.
-template <typename T>
-struct HeadMatrix {
-  const T* data;
-  int64_t row_stride;
-  int32_t columns;
-};
-
-template <typename T>
-static HeadMatrix<T> head_matrix(const void* data, const HeadStrides& strides, int64_t batch,
-                                 int64_t head, int32_t columns) {
-  return {static_cast<const T*>(data) + batch * strides.batch + head * strides.head, strides.row,
-          columns};
-}
-
-// packed[d * kOwnRows + i] = matrix[row + i][d]; lanes beyond `rows` are zero.
-template <typename T, typename A>
-static void pack_transposed(const HeadMatrix<T>& matrix, int32_t row, int32_t rows, A* packed) {
-  constexpr int32_t kRows = kOwnRows<A>;
-  for (int32_t i = 0; i < rows; ++i) {
-    const T* source = matrix.data + (row + i) * matrix.row_stride;
-    for (int32_t d = 0; d < matrix.columns; ++d) packed[d * kRows + i] = load(source[d]);
-  }
-  for (int32_t i = rows; i < padded<A>(rows); ++i) {
-    for (int32_t d = 0; d < matrix.columns; ++d) packed[d * kRows + i] = 0;
-  }
-}
-
-// result[i][d] = packed[d * kOwnRows + i] * row_scale[i].
-template <typename T, typename A>
-static void store_transposed(const A* packed, const A* row_scale, int32_t rows, int32_t columns,
-                             T* result, int64_t row_stride) {
-  for (int32_t i = 0; i < rows; ++i) {
-    T* target = result + i * row_stride;
-    for (int32_t d = 0; d < columns; ++d) {
-      target[d] = store<T>(packed[d * kOwnRows<A> + i] * row_scale[i]);
-    }
-  }
-}
-
-// Rows of an operand in the accumulator's type: where they lie, or converted into a buffer.
-template <typename A>
-struct TileRows {
-  const A* data;
-  int64_t row_stride;
-};
-
-template <typename T, typename A>
-static TileRows<A> tile_rows(const HeadMatrix<T>& matrix, int32_t row, int32_t rows, A* buffer) {
-  const T* source = matrix.data + row * matrix.row_stride;
-  if constexpr (std::is_same_v<T, A>) {
-    return {source, matrix.row_stride};
-  } else {
-    for (int32_t j = 0; j < rows; ++j) {
-      const T* from = source + j * matrix.row_stride;
-      A* to = buffer + static_cast<int64_t>(j) * matrix.columns;
-#pragma omp simd
-      for (int32_t d = 0; d < matrix.columns; ++d) to[d] = load(from[d]);
-    }
-    return {buffer, matrix.columns};
-  }
-}
-
-// pairs[j][i] = other[j] . own[i].
-template <typename A>
-static void pair_products(const TileRows<A>& other, int32_t other_rows, const A* own,
-                          int32_t own_rows, int32_t depth, A* pairs) {
-  block_gemm<A>(other_rows, own_rows, depth, other.data, other.row_stride, 1, own, kOwnRows<A>,
-                pairs, kOwnRows<A>, false);
+// pairs[j][i] = other[j] . own[i], where own holds lanes.
+template <typename E>
+static void pair_products(const TileRows<E>& other, int32_t other_rows, const E* own,
+                          int32_t own_rows, int32_t columns, ProductSum<E>* pairs) {
+  block_gemm<E>(other_rows, own_rows, num_elements<E>(columns), other.data, other.row_stride, 1,
+                own, kOwnRows<E>, pairs, kOwnRows<E>, false);
 }
 
 // result[d][i] += sum_j values[j][d] * weights[j][i].
-template <typename A>
-static void accumulate(const TileRows<A>& values, int32_t value_rows, const A* weights,
-                       int32_t own_rows, int32_t columns, A* result) {
-  block_gemm<A>(columns, own_rows, value_rows, values.data, 1, values.row_stride, weights,
-                kOwnRows<A>, result, kOwnRows<A>, true);
+template <typename E>
+static void accumulate(const TileRows<E>& values, int32_t value_rows, const E* weights,
+                       int32_t own_rows, int32_t columns, ProductSum<E>* result) {
+  block_gemm<E>(columns, own_rows, num_elements<E>(value_rows), values.data, 1, values.row_stride,
+                weights, kOwnRows<E>, result, kOwnRows<E>, true);
+}
+
+// result[j][d] += sum_i weights[j][i] * own[i][d].
+template <typename E>
+static void accumulate_rows(const TileRows<E>& weights, int32_t other_rows, const TileRows<E>& own,
+                            int32_t own_rows, int32_t columns, ProductSum<E>* result) {
+  block_gemm<E>(other_rows, columns, num_elements<E>(own_rows), weights.data, weights.row_stride, 1,
+                own.data, own.row_stride, result, padded<E>(columns), true);
+}
+
+// row[d] = factor * from[d].
+template <typename T, typename A>
+static void store_row(const A* from, A factor, int32_t columns, T* row) {
+#pragma omp simd
+  for (int32_t d = 0; d < columns; ++d) row[d] = store<T>(from[d] * factor);
+}
+
+// result[i][d] = lanes[d * kOwnRows + i] * row_scale[i]; `buffer` holds a tile's rows.
+template <typename T, typename A>
+static void store_lanes(const A* lanes, const A* row_scale, int32_t rows, int32_t columns,
+                        A* buffer, T* result, int64_t row_stride) {
+  const int64_t stride = padded<A>(columns);
+  transpose(lanes, kOwnRows<A>, columns, rows, buffer, stride);
+  for (int32_t i = 0; i < rows; ++i) {
+    store_row(buffer + i * stride, row_scale[i], columns, result + i * row_stride);
+  }
 }
 
 // Where a tile of the score matrix lies. Lanes are its queries where queries own, else its keys.
 template <bool kOwnsQueries>
 struct TilePlace {
-  int32_t batch, head, own_row, own_rows, other_row, other_rows;
+  const Sequence& sequence;
+  int32_t head, own_row, own_rows, other_row, other_rows;
 
   int32_t row(int32_t lane, int32_t j) const {
     return kOwnsQueries ? own_row + lane : other_row + j;

@@ -4,7 +4,6 @@
 // A block computes kOwn rows by kWidth columns of one head's output; a head wider than kWidth costs
 // its scores once more for each further block. Who holds what: attention_tile.cuh. Lane j of a warp
 // has the score of key j of the tile, for one row after another, in the softmax.
-#include "attention/attention_mma.h"
 #include "attention/attention_score.h"
 #include "attention/attention_tile.cuh"
 
@@ -29,6 +28,7 @@ __device__ __forceinline__ void softmax_step(const AttentionForwardParams& p,
                                              A (&rescale)[kRowsPerThread]) {
   const int warp_row = threadIdx.x / kWarpSize * kRowsPerWarp, lane = threadIdx.x % kWarpSize;
   const int first_result_row = threadIdx.x % kWarpSize / 16 * kRowsPerThread;
+  const Sequence& sequence = place.sequence;
   __syncwarp();  // the scores come from all lanes
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
@@ -45,8 +45,8 @@ __device__ __forceinline__ void softmax_step(const AttentionForwardParams& p,
       rescale[r % kRowsPerThread] = factor;
     }
     const int32_t row = place.own_row + warp_row + r, column = key_row + lane;
-    if (p.maybe_rng != nullptr && row < p.seqlen_q && column < p.seqlen_k) {
-      weight *= dropout_scale<A>(p, place.batch, place.head, row, column);
+    if (p.maybe_rng != nullptr && row < sequence.seqlen_q && column < sequence.seqlen_k) {
+      weight *= dropout_scale<A>(p, sequence, place.head, row, column);
     }
     tiles.weights[warp_row + r][lane] = weight;
   }
@@ -57,11 +57,13 @@ __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward_kernel(const AttentionForwardParams p) {
   using A = Accumulator<T>;
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
-  const BlockPlace place = block_place(p.num_heads, p.seqlen_q, p.head_dim_v);
+  const BlockPlace place = block_place(p, true, p.head_dim_v);
+  const Sequence& sequence = place.sequence;
+  if (place.own_row >= sequence.seqlen_q) return;
   const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
-  const auto q = head_matrix<T>(p.q, p.q_strides, place.batch, place.head, p.seqlen_q, p.head_dim);
-  const auto k = head_matrix<T>(p.k, p.k_strides, place.batch, head_kv, p.seqlen_k, p.head_dim);
-  const auto v = head_matrix<T>(p.v, p.v_strides, place.batch, head_kv, p.seqlen_k, p.head_dim_v);
+  const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
+  const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
+  const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
   A result[kRowsPerThread][kValuesPerThread] = {};
@@ -72,9 +74,9 @@ __global__ void __launch_bounds__(kAttentionThreads)
     running.sum[r] = 0;
   }
 
-  const Band band = visible_band(p);
-  const int32_t last_row = min(place.own_row + kOwn, p.seqlen_q) - 1;
-  const Range keys = keys_seen_by(p, band, place.own_row, last_row);
+  const Band band = visible_band(p, sequence);
+  const int32_t last_row = min(place.own_row + kOwn, sequence.seqlen_q) - 1;
+  const Range keys = keys_seen_by(sequence, band, place.own_row, last_row);
   for (int32_t key_row = keys.begin; key_row < keys.end; key_row += kOther) {
     // Scores, into shared memory.
     A scores[kRowsPerThread][kColumnsPerThread];
@@ -86,8 +88,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
         const int32_t row = place.own_row + thread_row + r;
         const int32_t column = key_row + thread_column + 16 * c;
         tiles.weights[thread_row + r][thread_column + 16 * c] =
-            row < p.seqlen_q && column < p.seqlen_k
-                ? final_score(p, band, place.batch, place.head, row, column, scores[r][c]).value
+            row < sequence.seqlen_q && column < sequence.seqlen_k
+                ? final_score(p, sequence, band, place.head, row, column, scores[r][c]).value
                 : kHiddenScore<A>;
       }
     }
@@ -114,22 +116,19 @@ __global__ void __launch_bounds__(kAttentionThreads)
       row_scale[r % kRowsPerThread] = end.scale;
     }
     const int32_t row = place.own_row + warp_row + r;
-    if (lane == 0 && place.column == 0 && row < p.seqlen_q) {
-      const int64_t index =
-          (static_cast<int64_t>(place.batch) * p.num_heads + place.head) * p.seqlen_q + row;
-      store_row_end(p, index, end);
+    if (lane == 0 && place.column == 0 && row < sequence.seqlen_q) {
+      store_row_end(p, row_of_all(p, sequence, place.head, row), end);
     }
   }
-  store_result<T>(p.out, p.out_strides, place.batch, place.head, place.own_row, p.seqlen_q,
-                  place.column, p.head_dim_v, result, row_scale);
+  T* out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, place.head);
+  store_result(out, p.out_strides.row, place.own_row, sequence.seqlen_q, place.column, p.head_dim_v,
+               result, row_scale);
 }
 
 }  // namespace
 
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream) {
-  if (attention_mma_supported(params)) return attention_mma_forward(params, stream);
-  const int64_t blocks =
-      num_blocks(params.batch, params.num_heads, params.seqlen_q, params.head_dim_v);
+  const int64_t blocks = num_blocks(params, true, params.head_dim_v);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return visit_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);

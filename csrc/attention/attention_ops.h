@@ -15,15 +15,17 @@ namespace fused {
 // q [B, H, S, D], k [B, G, T, D], v [B, G, T, Dv]; what the options mean is in attention.h:
 // attn_mask bool or floating, broadcastable to [B, H, S, T]; alibi_slopes and sink [H], float32
 // (float64 for float64); rng int64 [2] (seed, offset) where dropout_p > 0; softcap 0 for none;
-// window_left and window_right -1 for no bound.
-// Returns out [B, H, S, Dv] (laid out as [B, S, H, Dv]), lse [B, H, S] and, for the backward pass,
-// row_stats [2, B, H, S].
+// window_left and window_right -1 for no bound. With int32 cu_seqlens_q and cu_seqlens_k [B + 1]
+// the operands are packed: q [S, H, D], k [T, G, D], v [T, G, Dv], out [S, H, Dv], lse [H, S],
+// row_stats [2, H, S]. Returns out [B, H, S, Dv] (laid out as [B, S, H, Dv]), lse [B, H, S] and,
+// for the backward pass, row_stats [2, B, H, S].
 FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
     const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
-    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng, double dropout_p,
-    bool is_causal, std::optional<double> scale, double softcap, int64_t window_left,
-    int64_t window_right);
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,
+    const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k,
+    double dropout_p, bool is_causal, std::optional<double> scale, double softcap,
+    int64_t window_left, int64_t window_right);
 
 // Returns the gradients of q, k and v, each laid out as [B, length, heads, D], and of attn_mask,
 // alibi_slopes and sink. `needs` says which are wanted; the others come back without elements.
@@ -34,7 +36,9 @@ attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& 
                    const std::optional<at::Tensor>& attn_mask,
                    const std::optional<at::Tensor>& alibi_slopes,
                    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,
-                   double dropout_p, bool is_causal, std::optional<double> scale, double softcap,
-                   int64_t window_left, int64_t window_right, std::array<bool, 6> needs);
+                   const std::optional<at::Tensor>& cu_seqlens_q,
+                   const std::optional<at::Tensor>& cu_seqlens_k, double dropout_p, bool is_causal,
+                   std::optional<double> scale, double softcap, int64_t window_left,
+                   int64_t window_right, std::array<bool, 6> needs);
 
 }  // namespace fused

@@ -1,55 +1,13 @@
-// One element of the score matrix, the same on every backend: which keys a row sees, what becomes
-// of q . k, how a row's softmax ends, and dropout.
+// One element of the score matrix, the same on every backend: what becomes of q . k, how a row's
+// softmax ends, and dropout.
 #pragma once
 
 #include <cmath>
 
-#include "attention/attention.h"
+#include "attention/attention_sequence.h"
 #include "common/philox.h"
 
 namespace fused {
-
-struct Range {
-  int32_t begin, end;
-};
-
-// Row i sees the keys j with low <= j - i <= high: causality and the window in one.
-struct Band {
-  int32_t low, high;
-};
-
-FUSED_HOST_DEVICE Band visible_band(const AttentionProblem& problem) {
-  constexpr int64_t kFar = kMaxLength;  // no element is as far from the diagonal
-  const int64_t aligned = static_cast<int64_t>(problem.seqlen_k) - problem.seqlen_q;
-  const int64_t low = problem.window_left < 0 ? -kFar : aligned - problem.window_left;
-  int64_t high = problem.window_right < 0 ? kFar : aligned + problem.window_right;
-  if (problem.causal && high > 0) high = 0;
-  return {static_cast<int32_t>(low < -kFar ? -kFar : low),
-          static_cast<int32_t>(high > kFar ? kFar : high)};
-}
-
-FUSED_HOST_DEVICE bool is_visible(const Band& band, int32_t row, int32_t column) {
-  return column - row >= band.low && column - row <= band.high;
-}
-
-FUSED_HOST_DEVICE Range clamped_range(int64_t begin, int64_t end, int32_t length) {
-  return {static_cast<int32_t>(begin > 0 ? begin : 0),
-          static_cast<int32_t>(end < length ? end : length)};
-}
-
-// The keys that any of the rows first .. last sees. Where there are none, end <= begin.
-FUSED_HOST_DEVICE Range keys_seen_by(const AttentionProblem& problem, const Band& band,
-                                     int32_t first, int32_t last) {
-  return clamped_range(static_cast<int64_t>(first) + band.low,
-                       static_cast<int64_t>(last) + band.high + 1, problem.seqlen_k);
-}
-
-// The rows that see any of the keys first .. last. Where there are none, end <= begin.
-FUSED_HOST_DEVICE Range rows_seeing(const AttentionProblem& problem, const Band& band,
-                                    int32_t first, int32_t last) {
-  return clamped_range(static_cast<int64_t>(first) - band.high,
-                       static_cast<int64_t>(last) - band.low + 1, problem.seqlen_q);
-}
 
 template <typename A>
 constexpr A kHiddenScore = -static_cast<A>(__builtin_huge_val());
@@ -63,13 +21,6 @@ struct Score {
 template <typename A>
 FUSED_HOST_DEVICE Score<A> softcapped(A softcap, A tanh_of_ratio) {
   return {softcap * tanh_of_ratio, 1 - tanh_of_ratio * tanh_of_ratio};
-}
-
-// How far key `column` is from where `row` stands among the keys: what ALiBi slopes multiply.
-FUSED_HOST_DEVICE int32_t alibi_distance(const AttentionProblem& problem, int32_t row,
-                                         int32_t column) {
-  const int32_t ahead = row - column + (problem.seqlen_k - problem.seqlen_q);
-  return ahead < 0 ? -ahead : ahead;
 }
 
 template <typename A>
@@ -87,32 +38,25 @@ FUSED_HOST_DEVICE A load_mask(const AttentionMask& mask, int64_t offset) {
   return static_cast<A>(static_cast<const float*>(mask.data)[offset]);
 }
 
-// Whether a score is scale * q . k wherever a row sees a key.
-FUSED_HOST_DEVICE bool has_no_score_options(const AttentionProblem& problem) {
-  return problem.softcap == 0 && problem.maybe_alibi_slopes == nullptr &&
-         problem.mask.kind == MaskKind::kNone;
-}
-
-// The score of an element inside the matrix, given q . k; -inf where it is hidden. Without kOptions
-// for a problem that has_no_score_options.
-template <typename A, bool kOptions = true>
-FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Band& band,
-                                       int32_t batch, int32_t head, int32_t row, int32_t column,
+// The score of an element inside the matrix, given q . k; -inf where it is hidden.
+template <typename A>
+FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Sequence& sequence,
+                                       const Band& band, int32_t head, int32_t row, int32_t column,
                                        A dot) {
   if (!is_visible(band, row, column)) return {kHiddenScore<A>, A(0)};
   Score<A> score{dot * static_cast<A>(problem.scale), A(1)};
-  if (!kOptions) return score;
   if (problem.softcap != 0) {
     const A softcap = static_cast<A>(problem.softcap);
     score = softcapped(softcap, std::tanh(score.value / softcap));
   }
   if (problem.maybe_alibi_slopes != nullptr) {
     score.value -= static_cast<const A*>(problem.maybe_alibi_slopes)[head] *
-                   static_cast<A>(alibi_distance(problem, row, column));
+                   static_cast<A>(alibi_distance(sequence, row, column));
   }
   const AttentionMask& mask = problem.mask;
   if (mask.kind == MaskKind::kNone) return score;
-  const int64_t offset = batch * mask.batch_stride + head * mask.head_stride +
+  if (row >= mask.rows || column >= mask.columns) return {kHiddenScore<A>, A(0)};
+  const int64_t offset = sequence.index * mask.batch_stride + head * mask.head_stride +
                          row * mask.row_stride + column * mask.column_stride;
   if (mask.kind == MaskKind::kAdditive) {
     score.value += load_mask<A>(mask, offset);
@@ -154,20 +98,20 @@ FUSED_HOST_DEVICE RowEnd<A> end_row(const AttentionProblem& problem, int32_t hea
 // Where the stats of a row lie in the [2, B, H, S] that hold them.
 template <typename A>
 FUSED_HOST_DEVICE RowStats<A> load_row_stats(const AttentionProblem& problem, const void* row_stats,
-                                             int64_t row_of_all) {
+                                             int64_t index) {
   const int64_t rows = static_cast<int64_t>(problem.batch) * problem.num_heads * problem.seqlen_q;
   const A* stats = static_cast<const A*>(row_stats);
-  return {stats[row_of_all], stats[rows + row_of_all]};
+  return {stats[index], stats[rows + index]};
 }
 
 template <typename A>
-FUSED_HOST_DEVICE void store_row_end(const AttentionForwardParams& params, int64_t row_of_all,
+FUSED_HOST_DEVICE void store_row_end(const AttentionForwardParams& params, int64_t index,
                                      const RowEnd<A>& end) {
   const int64_t rows = static_cast<int64_t>(params.batch) * params.num_heads * params.seqlen_q;
   A* stats = static_cast<A*>(params.row_stats);
-  stats[row_of_all] = end.stats.max;
-  stats[rows + row_of_all] = end.stats.inverse_sum;
-  static_cast<A*>(params.lse)[row_of_all] = end.lse;
+  stats[index] = end.stats.max;
+  stats[rows + index] = end.stats.inverse_sum;
+  static_cast<A*>(params.lse)[index] = end.lse;
 }
 
 // What one row gives to the gradient of its head's sink; nothing where it saw no key.
@@ -181,40 +125,59 @@ FUSED_HOST_DEVICE A sink_gradient(A sink, const RowStats<A>& stats, A delta) {
 // difference where all of its keys are far. Without a sink sum_j ds is just grad_lse, so that
 // -sum_j (distance - nearest) * ds - nearest * grad_lse says the same with fewer digits lost. Where
 // a sink takes part, nothing is known and the count begins at 0.
-FUSED_HOST_DEVICE int32_t nearest_distance(const AttentionProblem& problem, const Band& band,
+FUSED_HOST_DEVICE int32_t nearest_distance(const AttentionProblem& problem,
+                                           const Sequence& sequence, const Band& band,
                                            int32_t row) {
   if (problem.maybe_sink != nullptr) return 0;
-  const Range keys = keys_seen_by(problem, band, row, row);
-  const int32_t middle = row + problem.seqlen_k - problem.seqlen_q;
+  const Range keys = keys_seen_by(sequence, band, row, row);
+  const int32_t middle = row + sequence.seqlen_k - sequence.seqlen_q;
   const int32_t last = middle < keys.end ? middle : keys.end - 1;
-  return alibi_distance(problem, row, last < keys.begin ? keys.begin : last);
+  return alibi_distance(sequence, row, last < keys.begin ? keys.begin : last);
 }
 
 // The second part; nothing for a row without keys.
 template <typename A>
-FUSED_HOST_DEVICE A nearest_alibi_gradient(const AttentionBackwardParams& params, const Band& band,
-                                           int32_t row, int64_t row_of_all) {
+FUSED_HOST_DEVICE A nearest_alibi_gradient(const AttentionBackwardParams& params,
+                                           const Sequence& sequence, const Band& band, int32_t row,
+                                           int64_t index) {
   if (params.maybe_grad_lse == nullptr) return A(0);
-  if (load_row_stats<A>(params, params.row_stats, row_of_all).inverse_sum == 0) return A(0);
-  return -static_cast<A>(nearest_distance(params, band, row)) *
-         static_cast<const A*>(params.maybe_grad_lse)[row_of_all];
+  if (load_row_stats<A>(params, params.row_stats, index).inverse_sum == 0) return A(0);
+  return -static_cast<A>(nearest_distance(params, sequence, band, row)) *
+         static_cast<const A*>(params.maybe_grad_lse)[index];
 }
 
-// The scratch that takes what each row gives to the gradient of its head's ALiBi slope.
-inline ScoreGradient row_alibi(const AttentionBackwardParams& p) {
-  const int64_t rows = p.seqlen_q;
-  return {p.maybe_row_alibi, p.num_heads * rows, rows, 1, 0};
-}
+// What one row of a head gives to the gradients of the head's ALiBi slope and sink.
+struct HeadGradients {
+  double alibi, sink;
+};
 
-// What dropout multiplies element (batch, head, row, column) of p by: a pure function of its place
-// and of (seed, offset). One Philox call gives the bits of four neighbouring columns.
 template <typename A>
-FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, int32_t batch, int32_t head,
-                                  int32_t row, int32_t column) {
+FUSED_HOST_DEVICE HeadGradients head_gradients(const AttentionBackwardParams& p,
+                                               const Sequence& sequence, const Band& band,
+                                               int32_t head, int32_t row) {
+  const int64_t index = row_of_all(p, sequence, head, row);
+  HeadGradients gradients{0, 0};
+  if (p.maybe_row_alibi != nullptr) {
+    gradients.alibi = static_cast<double>(static_cast<const A*>(p.maybe_row_alibi)[index]) +
+                      nearest_alibi_gradient<A>(p, sequence, band, row, index);
+  }
+  if (p.maybe_grad_sink != nullptr) {
+    gradients.sink = sink_gradient(static_cast<const A*>(p.maybe_sink)[head],
+                                   load_row_stats<A>(p, p.row_stats, index),
+                                   static_cast<const A*>(p.delta)[index]);
+  }
+  return gradients;
+}
+
+// What dropout multiplies element (sequence, head, row, column) of p by: a pure function of its
+// place and of (seed, offset). One Philox call gives the bits of four neighbouring columns.
+template <typename A>
+FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, const Sequence& sequence,
+                                  int32_t head, int32_t row, int32_t column) {
   const uint64_t seed = static_cast<uint64_t>(problem.maybe_rng[0]);
   const uint64_t offset = static_cast<uint64_t>(problem.maybe_rng[1]);
   const uint32_t head_of_batch =
-      static_cast<uint32_t>(batch) * static_cast<uint32_t>(problem.num_heads) +
+      static_cast<uint32_t>(sequence.index) * static_cast<uint32_t>(problem.num_heads) +
       static_cast<uint32_t>(head);
   const uint64_t key = seed ^ (offset & 0xffffffff00000000ull);
   const Philox4 random =

@@ -13,7 +13,7 @@
 // stays within the warp.
 #pragma once
 
-#include "attention/attention.h"
+#include "attention/attention_sequence.h"
 #include "common/launch.h"
 #include "common/vector_load.cuh"
 #include "common/warp.cuh"
@@ -31,7 +31,7 @@ constexpr int kColumnsPerThread = 2;
 constexpr int kValuesPerThread = 4;
 static_assert(kOther == kWarpSize && kDepth == kOther, "own and weights tiles have the same pitch");
 
-// One head of a [B, H, S, D] tensor.
+// The rows of a sequence in one head of an operand.
 template <typename T>
 struct HeadMatrix {
   const T* data;
@@ -40,11 +40,18 @@ struct HeadMatrix {
 };
 
 template <typename T>
-__device__ __forceinline__ HeadMatrix<T> head_matrix(const void* data, const HeadStrides& strides,
-                                                     int32_t batch, int32_t head, int32_t rows,
-                                                     int32_t columns) {
-  return {static_cast<const T*>(data) + batch * strides.batch + head * strides.head, strides.row,
-          rows, columns};
+__device__ __forceinline__ HeadMatrix<T> query_matrix(const void* data, const HeadStrides& strides,
+                                                      const Sequence& sequence, int32_t head,
+                                                      int32_t columns) {
+  return {query_rows(static_cast<const T*>(data), strides, sequence, head), strides.row,
+          sequence.seqlen_q, columns};
+}
+template <typename T>
+__device__ __forceinline__ HeadMatrix<T> key_matrix(const void* data, const HeadStrides& strides,
+                                                    const Sequence& sequence, int32_t head,
+                                                    int32_t columns) {
+  return {key_rows(static_cast<const T*>(data), strides, sequence, head), strides.row,
+          sequence.seqlen_k, columns};
 }
 
 // The block's shared memory: 29 KB in float, 58 KB in double, which sm_75 can still give.
@@ -129,14 +136,13 @@ __device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const HeadM
   }
 }
 
-// Writes the thread's part of the result, rows scaled by row_scale[r], where it lies inside.
+// Writes the thread's part of the result to a sequence's `rows` by `columns`, rows scaled by
+// row_scale[r], where it lies inside.
 template <typename T, typename A>
-__device__ __forceinline__ void store_result(void* data, const HeadStrides& strides, int32_t batch,
-                                             int32_t head, int32_t own_row, int32_t rows,
-                                             int32_t column, int32_t columns,
+__device__ __forceinline__ void store_result(T* matrix, int64_t row_stride, int32_t own_row,
+                                             int32_t rows, int32_t column, int32_t columns,
                                              const A (&result)[kRowsPerThread][kValuesPerThread],
                                              const A (&row_scale)[kRowsPerThread]) {
-  T* matrix = static_cast<T*>(data) + batch * strides.batch + head * strides.head;
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int32_t row = own_row + threadIdx.x / 16 * kRowsPerThread + r;
@@ -144,7 +150,7 @@ __device__ __forceinline__ void store_result(void* data, const HeadStrides& stri
     for (int e = 0; e < kValuesPerThread; ++e) {
       const int32_t c = column + threadIdx.x % 16 * kValuesPerThread + e;
       if (row < rows && c < columns) {
-        matrix[row * strides.row + c] = store<T>(result[r][e] * row_scale[r]);
+        matrix[row * row_stride + c] = store<T>(result[r][e] * row_scale[r]);
       }
     }
   }
@@ -152,24 +158,32 @@ __device__ __forceinline__ void store_result(void* data, const HeadStrides& stri
 
 // Where a block works. All blocks of a launch lie along x, which has room for 2^31 - 1 of them.
 struct BlockPlace {
-  int32_t batch, head, own_row, column;
+  Sequence sequence;
+  int32_t head, own_row, column;
 };
 
-inline int64_t num_blocks(int64_t batch, int64_t heads, int64_t rows, int64_t columns) {
-  return batch * heads * ((columns + kWidth - 1) / kWidth) * ((rows + kOwn - 1) / kOwn);
+inline int64_t num_blocks(const AttentionProblem& p, bool owns_queries, int32_t columns) {
+  return int64_t{p.batch} * (owns_queries ? p.num_heads : p.num_heads_kv) *
+         ((columns + kWidth - 1) / kWidth) * num_tile_slots(p, owns_queries, kOwn);
 }
 
-__device__ __forceinline__ BlockPlace block_place(int32_t heads, int32_t rows, int32_t columns) {
-  const unsigned row_tiles = (rows + kOwn - 1) / kOwn;
+// A block whose own_row lies behind its sequence has nothing to do.
+__device__ __forceinline__ BlockPlace block_place(const AttentionProblem& p, bool owns_queries,
+                                                  int32_t columns) {
+  const unsigned heads = owns_queries ? p.num_heads : p.num_heads_kv;
+  const unsigned slots = static_cast<unsigned>(num_tile_slots(p, owns_queries, kOwn));
   const unsigned column_tiles = (columns + kWidth - 1) / kWidth;
   unsigned index = blockIdx.x;
   BlockPlace place;
-  place.own_row = static_cast<int32_t>(index % row_tiles) * kOwn;
-  index /= row_tiles;
+  const unsigned slot = index % slots;
+  index /= slots;
   place.column = static_cast<int32_t>(index % column_tiles) * kWidth;
   index /= column_tiles;
   place.head = static_cast<int32_t>(index % heads);
-  place.batch = static_cast<int32_t>(index / heads);
+  const OwnTile tile = own_tile(p, owns_queries, static_cast<int32_t>(index / heads),
+                                static_cast<int32_t>(slot), kOwn);
+  place.sequence = tile.sequence;
+  place.own_row = tile.row;
   return place;
 }
 

@@ -13,12 +13,13 @@
 TORCH_LIBRARY(fused, m) {
   m.def(
       "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, "
-      "Tensor? sink, Tensor? rng, float dropout_p, bool is_causal, float? scale, float softcap, "
-      "SymInt window_left, SymInt window_right) -> (Tensor out, Tensor lse, Tensor row_stats)");
+      "Tensor? sink, Tensor? rng, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float dropout_p, "
+      "bool is_causal, float? scale, float softcap, SymInt window_left, SymInt window_right) -> "
+      "(Tensor out, Tensor lse, Tensor row_stats)");
   m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor row_stats, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sink, "
-      "Tensor? rng, "
+      "Tensor? rng, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
       "float dropout_p, bool is_causal, float? scale, float softcap, SymInt window_left, "
       "SymInt window_right, bool[6] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
       "Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sink)");

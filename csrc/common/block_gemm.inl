@@ -12,6 +12,19 @@ struct VectorOf {
   typedef A unaligned_type __attribute__((vector_size(FUSED_VECTOR_BYTES), aligned(sizeof(A))));
 };
 
+// What the elements of a product are and how they are multiplied: numbers here; a kind of element
+// of which each stands for several steps of k may say otherwise (bfloat16_pairs.inl).
+template <typename E>
+struct ProductOf {
+  using Sum = E;
+  using Vector = typename VectorOf<E>::type;
+  static inline Vector multiply_add(const Vector& sum, E element, const Vector& row) {
+    return sum + element * row;
+  }
+};
+template <typename E>
+using ProductSum = typename ProductOf<E>::Sum;
+
 // Elements in a vector register.
 template <typename A>
 constexpr int64_t kLanes = FUSED_VECTOR_BYTES / sizeof(A);
@@ -37,55 +50,61 @@ struct Listed {
 // C[kRows, kVectors * lanes] (+)= A[kRows, k] B[k, kVectors * lanes], C held in registers.
 // A's elements lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at
 // c[rows_c[row]].
-template <typename A, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB,
+template <typename E, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB,
           typename RowsC>
-static inline void gemm_tile(int64_t k, const A* a, RowsA rows_a, StepsA steps_a, const A* b,
-                             StepsB steps_b, A* c, RowsC rows_c, bool accumulate) {
-  using Vector = typename VectorOf<A>::type;
-  using Unaligned = typename VectorOf<A>::unaligned_type;
-  Vector sum[kRows][kVectors];
-  const A* row_of_a[kRows];
+static inline void gemm_tile(int64_t k, const E* a, RowsA rows_a, StepsA steps_a, const E* b,
+                             StepsB steps_b, ProductSum<E>* c, RowsC rows_c, bool accumulate) {
+  using Sum = ProductSum<E>;
+  using SumVector = typename VectorOf<Sum>::type;
+  using UnalignedSum = typename VectorOf<Sum>::unaligned_type;
+  using Unaligned = typename VectorOf<E>::unaligned_type;
+  SumVector sum[kRows][kVectors];
+  const E* row_of_a[kRows];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) row_of_a[r] = a + rows_a[r];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Vector{};
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = SumVector{};
   }
   for (int64_t i = 0; i < k; ++i) {
-    Vector row_of_b[kVectors];
+    typename VectorOf<E>::type row_of_b[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + steps_b[i] + v * kLanes<A>);
+      row_of_b[v] = *reinterpret_cast<const Unaligned*>(b + steps_b[i] + v * kLanes<E>);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const A element = row_of_a[r][steps_a[i]];
+      const E element = row_of_a[r][steps_a[i]];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += element * row_of_b[v];
+      for (int v = 0; v < kVectors; ++v) {
+        sum[r][v] = ProductOf<E>::multiply_add(sum[r][v], element, row_of_b[v]);
+      }
     }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) {
-      Unaligned* out = reinterpret_cast<Unaligned*>(c + rows_c[r] + v * kLanes<A>);
-      *out = accumulate ? Vector(*out) + sum[r][v] : sum[r][v];
+      UnalignedSum* out = reinterpret_cast<UnalignedSum*>(c + rows_c[r] + v * kLanes<E>);
+      *out = accumulate ? SumVector(*out) + sum[r][v] : sum[r][v];
     }
   }
 }
 
 // All rows of one stripe of kVectors columns of vectors.
-template <typename A, int kVectors, typename RowsA, typename StepsA, typename StepsB,
+template <typename E, int kVectors, typename RowsA, typename StepsA, typename StepsB,
           typename RowsC>
-static inline void gemm_stripe(int64_t m, int64_t k, const A* a, RowsA rows_a, StepsA steps_a,
-                               const A* b, StepsB steps_b, A* c, RowsC rows_c, bool accumulate) {
-  // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A.
-  constexpr int kRows = FUSED_VECTOR_BYTES == 64 ? 8 : 4;
+static inline void gemm_stripe(int64_t m, int64_t k, const E* a, RowsA rows_a, StepsA steps_a,
+                               const E* b, StepsB steps_b, ProductSum<E>* c, RowsC rows_c,
+                               bool accumulate) {
+  // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A. (Six
+  // rows of four fit too, but g++ 12 keeps more than one element of A there and spills.)
+  constexpr int kRows = FUSED_VECTOR_BYTES != 64 ? 4 : kVectors == 4 ? 5 : 8;
   int64_t row = 0;
   const auto tile = [&](auto rows) {
     constexpr int kTileRows = decltype(rows)::value;
-    gemm_tile<A, kTileRows, kVectors>(k, a, rows_a, steps_a, b, steps_b, c, rows_c, accumulate);
+    gemm_tile<E, kTileRows, kVectors>(k, a, rows_a, steps_a, b, steps_b, c, rows_c, accumulate);
     rows_a = rows_a.from(kTileRows);
     rows_c = rows_c.from(kTileRows);
     row += kTileRows;
@@ -97,33 +116,42 @@ static inline void gemm_stripe(int64_t m, int64_t k, const A* a, RowsA rows_a, S
 }
 
 // C[m, n] (+)= A[m, k] B[k, n]. B and C are read and written in whole vectors: their rows must be
-// padded<A>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
+// padded<E>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
 // lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at c[rows_c[row]].
-template <typename A, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
-static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const A* a, RowsA rows_a,
-                                      StepsA steps_a, const A* b, StepsB steps_b, A* c,
+template <typename E, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
+static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const E* a, RowsA rows_a,
+                                      StepsA steps_a, const E* b, StepsB steps_b, ProductSum<E>* c,
                                       RowsC rows_c, bool accumulate) {
-  constexpr int64_t kStripe = 3 * kLanes<A>;
-  int64_t column = 0;
-  for (; n - column > 2 * kLanes<A>; column += kStripe) {
-    gemm_stripe<A, 3>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
-                      accumulate);
-  }
-  if (n - column > kLanes<A>) {
-    gemm_stripe<A, 2>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
-                      accumulate);
-  } else if (n > column) {
-    gemm_stripe<A, 1>(m, k, a, rows_a, steps_a, b + column, steps_b, c + column, rows_c,
-                      accumulate);
+  // Three vectors at a time, and four where one would be left over: the fewer a stripe has, the
+  // more of its time goes into elements of A.
+  constexpr bool kHasFour = FUSED_VECTOR_BYTES == 64;
+  int64_t left = (n + kLanes<E> - 1) / kLanes<E>;
+  const auto stripe = [&](auto vectors) {
+    constexpr int kVectors = decltype(vectors)::value;
+    gemm_stripe<E, kVectors>(m, k, a, rows_a, steps_a, b, steps_b, c, rows_c, accumulate);
+    b += kVectors * kLanes<E>;
+    c += kVectors * kLanes<E>;
+    left -= kVectors;
+  };
+  while (left > 0) {
+    if (kHasFour && left % 3 != 0 && (left == 4 || left >= 7)) {
+      stripe(std::integral_constant<int, kHasFour ? 4 : 3>{});
+    } else if (left >= 3) {
+      stripe(std::integral_constant<int, 3>{});
+    } else if (left == 2) {
+      stripe(std::integral_constant<int, 2>{});
+    } else {
+      stripe(std::integral_constant<int, 1>{});
+    }
   }
 }
 
 // The same for evenly spaced operands: A may be transposed, its elements lie at
 // a[row * row_stride_a + k * k_stride_a].
-template <typename A>
-static inline void block_gemm(int64_t m, int64_t n, int64_t k, const A* a, int64_t row_stride_a,
-                              int64_t k_stride_a, const A* b, int64_t ldb, A* c, int64_t ldc,
-                              bool accumulate) {
-  indexed_block_gemm<A>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
+template <typename E>
+static inline void block_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t row_stride_a,
+                              int64_t k_stride_a, const E* b, int64_t ldb, ProductSum<E>* c,
+                              int64_t ldc, bool accumulate) {
+  indexed_block_gemm<E>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
                         Spaced{ldc}, accumulate);
 }

@@ -20,8 +20,8 @@
 
 namespace fused {
 
-inline DType dtype_of(const char* op, const char* argument, const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline DType dtype_of(const char* op, const char* argument, at::ScalarType type) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kDouble:
@@ -32,9 +32,12 @@ inline DType dtype_of(const char* op, const char* argument, const at::Tensor& te
       return DType::kBFloat16;
     default:
       FUSED_CHECK_TYPE(false, op, ": ", argument,
-                       " must be float32, float64, float16 or bfloat16, got ",
-                       tensor.scalar_type());
+                       " must be float32, float64, float16 or bfloat16, got ", type);
   }
+}
+
+inline DType dtype_of(const char* op, const char* argument, const at::Tensor& tensor) {
+  return dtype_of(op, argument, tensor.scalar_type());
 }
 
 inline void check_same_dtype(const char* op, const char* argument, const at::Tensor& tensor,

@@ -44,7 +44,7 @@ namespace avx512 {
 #pragma GCC pop_options
 
 #define FUSED_ISA_DISPATCH(function, ...)                                          \
-  (::fused::current_isa() == ::fused::Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
+  (::fused::current_isa() >= ::fused::Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
    : ::fused::current_isa() == ::fused::Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
                                                    : generic::function(__VA_ARGS__))
 #else

@@ -12,14 +12,18 @@ bool cpu_has(Isa isa) {
 #if FUSED_X86
   // f16c has no name in g++ 12's __builtin_cpu_supports; every CPU with AVX2 and FMA has it.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
   switch (isa) {
     case Isa::kGeneric:
       return true;
     case Isa::kAvx2:
       return avx2;
     case Isa::kAvx512:
-      return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+      return avx512;
+    case Isa::kAvx512Bf16:
+      return avx512 && __builtin_cpu_supports("avx512bf16");
   }
   return false;
 #else
@@ -27,7 +31,7 @@ bool cpu_has(Isa isa) {
 #endif
 }
 
-constexpr Isa kBestFirst[] = {Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
+constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
 
 Isa widest() {
   for (Isa isa : kBestFirst) {
@@ -42,7 +46,7 @@ Isa choose() {
   for (Isa isa : kBestFirst) {
     if (std::strcmp(wanted, isa_name(isa)) == 0) return cpu_has(isa) ? isa : widest();
   }
-  throw std::invalid_argument("FUSED_ISA must be generic, avx2 or avx512, got '" +
+  throw std::invalid_argument("FUSED_ISA must be generic, avx2, avx512 or avx512_bf16, got '" +
                               std::string(wanted) + "'");
 }
 
@@ -59,6 +63,8 @@ const char* isa_name(Isa isa) {
       return "avx2";
     case Isa::kAvx512:
       return "avx512";
+    case Isa::kAvx512Bf16:
+      return "avx512_bf16";
     case Isa::kGeneric:
       break;
   }

@@ -1,15 +1,17 @@
 // Gradients of a depthwise convolution's weight and bias (one input channel in a group).
 //
-// Channels-last tensors: vectors run along channels, each row of pixels adds to one sum per tap.
-// Others: each output channel is a dot product per tap, lane by lane. An item of work is a block of
-// channels and a share of the rows, cut by shape alone and summed in order.
+// Channels-last tensors: vectors run along channels, each row of pixels adds to one sum per tap,
+// and an item of work is a share of the rows, all channels of a row while it is in the cache.
+// Others: each output channel is a dot product per tap, lane by lane, and an item is a channel and
+// a share of the rows. Shares are cut by shape alone and summed in order.
 
 struct DepthwiseShares {
-  int64_t blocks, shares, rows;
-  DepthwiseShares(int64_t blocks, int64_t rows)
-      : blocks(blocks),
-        shares(std::max<int64_t>(1, std::min(16 / std::max<int64_t>(1, blocks), rows / 8))),
+  int64_t channels, shares, rows;  // channels that are items of their own
+  DepthwiseShares(int64_t channels, int64_t rows)
+      : channels(channels),
+        shares(std::max<int64_t>(1, std::min(16 / std::max<int64_t>(1, channels), rows / 8))),
         rows(rows) {}
+  int64_t begin(int64_t share) const { return rows * share / shares; }
 };
 
 // Where row `index` of the output lies.
@@ -23,16 +25,17 @@ struct OutputRow {
 
 // sums[u] += grad times the source under tap u, over the pixels of a row for which all of kTaps
 // taps lie inside: as many chains of additions in flight.
-template <typename T, int kTaps>
+template <bool kWhole, int kTaps, typename T>
 static inline void depthwise_taps(const T* grad, int64_t grad_step, const T* source,
                                   int64_t source_step, int64_t tap_step, int64_t count,
                                   int64_t channels, typename VectorOf<Accumulator<T>>::type* sums) {
   typename VectorOf<Accumulator<T>>::type sum[kTaps] = {};
   for (int64_t x = 0; x < count; ++x) {
-    const auto element = load_vector(grad + x * grad_step, channels);
+    const auto element = load_channels<kWhole>(grad + x * grad_step, channels);
 #pragma GCC unroll 4
     for (int u = 0; u < kTaps; ++u) {
-      sum[u] += element * load_vector(source + x * source_step + u * tap_step, channels);
+      const T* from = source + x * source_step + u * tap_step;
+      sum[u] += element * load_channels<kWhole>(from, channels);
     }
   }
 #pragma GCC unroll 4
@@ -40,7 +43,7 @@ static inline void depthwise_taps(const T* grad, int64_t grad_step, const T* sou
 }
 
 // sums[tap][lane] for kLanes channels from `first`; the row after the last tap is the bias.
-template <typename T>
+template <bool kWhole, typename T>
 static void depthwise_row_by_channel(const ConvBackwardWeightParams& p, const Correlation& c,
                                      const std::vector<AxisRun>& x_runs, const OutputRow& row,
                                      int64_t first, int64_t channels,
@@ -58,7 +61,7 @@ static void depthwise_row_by_channel(const ConvBackwardWeightParams& p, const Co
       for (const AxisRun& x : x_runs) {
         const int64_t begin = x.positions.begin;
         const auto taps = [&](auto number, int64_t u) {
-          depthwise_taps<T, decltype(number)::value>(
+          depthwise_taps<kWhole, decltype(number)::value>(
               grad + begin * grad_step, grad_step,
               line + (c.start[2] + c.step[2] * begin + c.tap_step[2] * u) * pixel,
               c.step[2] * pixel, c.tap_step[2] * pixel, x.positions.end - begin, channels,
@@ -73,7 +76,8 @@ static void depthwise_row_by_channel(const ConvBackwardWeightParams& p, const Co
     }
   }
   typename VectorOf<Accumulator<T>>::type sum{};
-  for (int64_t x = 0; x < c.count[2]; ++x) sum += load_vector(grad + x * grad_step, channels);
+  for (int64_t x = 0; x < c.count[2]; ++x)
+    sum += load_channels<kWhole>(grad + x * grad_step, channels);
   sums[num_taps(c)] += sum;
 }
 
@@ -180,35 +184,42 @@ static void backward_weight_depthwise(const ConvBackwardWeightParams& p, const C
   const bool by_channel =
       c.rows == 1 && c.groups > 1 && c.source_stride.channel == 1 && c.dest_stride.channel == 1;
   const int64_t channels = int64_t{c.groups} * c.rows, width = by_channel ? kLanes<A> : 1;
-  const DepthwiseShares work(ceil_div(channels, width), int64_t{c.batch} * c.count[0] * c.count[1]);
+  const int64_t blocks = ceil_div(channels, width);
+  const DepthwiseShares work(by_channel ? 1 : channels, int64_t{c.batch} * c.count[0] * c.count[1]);
   const std::vector<AxisRun> x_runs = axis_runs(c, 2);
-  const int64_t item_size = (num_taps(c) + 1) * kLanes<A>;
-  const Scratch<A> partials(work.blocks * work.shares * item_size);
-  parallel_for(0, work.blocks * work.shares, 1, [&](int64_t begin, int64_t end) {
+  const int64_t num_sums = num_taps(c) + 1;
+  // For each block of channels and each share a vector of lanes per tap.
+  const Scratch<A> partials(blocks * work.shares * num_sums * kLanes<A>);
+  const auto partial = [&](int64_t block, int64_t share) {
+    return reinterpret_cast<Vector*>(partials.data()) + (block * work.shares + share) * num_sums;
+  };
+  std::fill_n(partial(0, 0), blocks * work.shares * num_sums, Vector{});
+  parallel_for(0, work.channels * work.shares, 1, [&](int64_t begin, int64_t end) {
     const int64_t length = c.count[2] + int64_t{c.tap_step[2]} * (c.taps[2] - 1) + kLanes<A>;
     const Scratch<A> grad(padded<A>(c.count[2])), line(length);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / work.shares, share = item % work.shares;
-      Vector* sums = reinterpret_cast<Vector*>(partials.data() + item * item_size);
-      std::fill(sums, sums + num_taps(c) + 1, Vector{});
-      const int64_t last = work.rows * (share + 1) / work.shares;
-      for (int64_t i = work.rows * share / work.shares; i < last; ++i) {
+      const int64_t channel = item / work.shares, share = item % work.shares;
+      for (int64_t i = work.begin(share); i < work.begin(share + 1); ++i) {
         const OutputRow row(c, i);
-        if (by_channel) {
-          depthwise_row_by_channel<T>(p, c, x_runs, row, block * width, channels - block * width,
-                                      sums);
-        } else {
-          depthwise_row_by_pixel<T>(p, c, row, block, grad.data(), line.data(), sums);
+        if (!by_channel) {
+          depthwise_row_by_pixel<T>(p, c, row, channel, grad.data(), line.data(),
+                                    partial(channel, share));
+          continue;
+        }
+        for (int64_t block = 0; block < blocks; ++block) {
+          const int64_t first = block * width, count = channels - first;
+          const auto add = count >= width ? depthwise_row_by_channel<true, T>
+                                          : depthwise_row_by_channel<false, T>;
+          add(p, c, x_runs, row, first, count, partial(block, share));
         }
       }
     }
   });
   for (int64_t k = 0; k < channels; ++k) {
-    const A* first = partials.data() + k / width * work.shares * item_size;
     store_depthwise<T>(p, c, k, [&](int64_t tap) {
       A sum = 0;
       for (int64_t s = 0; s < work.shares; ++s) {
-        const A* lanes = first + s * item_size + tap * kLanes<A>;
+        const Vector lanes = partial(k / width, s)[tap];
         if (by_channel) {
           sum += lanes[k % width];
         } else {

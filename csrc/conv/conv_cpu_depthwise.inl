@@ -2,28 +2,27 @@
 // group, so that group = channel): vectors run along channels, every tap is one multiply-add of a
 // pixel's channels, nothing is packed but the weight. Contiguous tensors take the planar engine.
 
-template <typename T>
-static inline typename VectorOf<Accumulator<T>>::type load_vector(const T* from, int64_t count) {
+// The first `count` of a vector of channels, zeros behind; all of them where kWhole says so at
+// compile time, because a test at every load would cost as much as the arithmetic.
+template <bool kWhole, typename T>
+static inline typename VectorOf<Accumulator<T>>::type load_channels(const T* from, int64_t count) {
   using A = Accumulator<T>;
   using Vector = typename VectorOf<A>::type;
-  if constexpr (std::is_same_v<T, A>) {
-    if (count >= kLanes<A>) {
-      return Vector(*reinterpret_cast<const typename VectorOf<A>::unaligned_type*>(from));
-    }
-  }
-  alignas(64) A lanes[kLanes<A>];
-  if (count >= kLanes<A>) {
-    for (int64_t i = 0; i < kLanes<A>; ++i) lanes[i] = load(from[i]);
+  if constexpr (kWhole && std::is_same_v<T, A>) {
+    return Vector(*reinterpret_cast<const typename VectorOf<A>::unaligned_type*>(from));
   } else {
-    for (int64_t i = 0; i < kLanes<A>; ++i) lanes[i] = i < count ? A(load(from[i])) : A(0);
+    alignas(64) A lanes[kLanes<A>];
+    for (int64_t i = 0; i < kLanes<A>; ++i) {
+      lanes[i] = kWhole || i < count ? A(load(from[i])) : A(0);
+    }
+    return *reinterpret_cast<const Vector*>(lanes);
   }
-  return *reinterpret_cast<const Vector*>(lanes);
 }
 
 // kVectors vectors of channels of kPixels neighbouring destination pixels, which meet the same
 // taps: sums[pixel][ld] = bias plus the taps that lie inside. All pointers begin at the first
 // channel, `source` at the first pixel's position (start + step * position) and tap (0, 0, 0).
-template <typename T, int kPixels, int kVectors>
+template <typename T, int kPixels, int kVectors, bool kWhole>
 static inline void depthwise_pixels(const Correlation& c, const AxisRun& z, const AxisRun& y,
                                     const AxisRun& x, const T* source, const Accumulator<T>* bias,
                                     const Accumulator<T>* weight, int64_t ld, int64_t channels,
@@ -51,8 +50,8 @@ static inline void depthwise_pixels(const Correlation& c, const AxisRun& z, cons
           const Vector tap = *reinterpret_cast<const Vector*>(taps + u * ld + i * kLanes<A>);
 #pragma GCC unroll 4
           for (int p = 0; p < kPixels; ++p) {
-            sum[p][i] +=
-                load_vector(pixel + p * next + i * kLanes<A>, channels - i * kLanes<A>) * tap;
+            const T* from = pixel + p * next + i * kLanes<A>;
+            sum[p][i] += load_channels<kWhole>(from, channels - i * kLanes<A>) * tap;
           }
         }
       }
@@ -111,17 +110,19 @@ struct DepthwiseCorrelation {
   template <int kPixels>
   void pixels(const AxisRun& z, const AxisRun& y, const AxisRun& x, const T* from, int64_t offset,
               A* sums) const {
-    const auto block = [&](auto vectors, int64_t first) {
-      constexpr int kVectors = decltype(vectors)::value;
-      depthwise_pixels<T, kPixels, kVectors>(c, z, y, x, from + first, bias.data() + first,
-                                             weight.data() + first, ld, c.groups - first,
-                                             sums + first);
-    };
     int64_t first = 0;
-    for (; c.groups - first >= 2 * kLanes<A>; first += 2 * kLanes<A>) {
-      block(std::integral_constant<int, 2>{}, first);
-    }
-    for (; first < c.groups; first += kLanes<A>) block(std::integral_constant<int, 1>{}, first);
+    const auto block = [&](auto vectors, auto whole) {
+      constexpr int kVectors = decltype(vectors)::value;
+      depthwise_pixels<T, kPixels, kVectors, decltype(whole)::value>(
+          c, z, y, x, from + first, bias.data() + first, weight.data() + first, ld,
+          c.groups - first, sums + first);
+      first += kVectors * kLanes<A>;
+    };
+    constexpr std::integral_constant<int, 1> one;
+    constexpr std::integral_constant<int, 2> two;
+    while (c.groups - first >= 2 * kLanes<A>) block(two, std::true_type{});
+    if (c.groups - first >= kLanes<A>) block(one, std::true_type{});
+    if (first < c.groups) block(one, std::false_type{});
     for (int p = 0; p < kPixels; ++p, offset += c.dest_stride.space[2]) {
       finish_row<T>(c, sums + p * ld, c.groups,
                     [&](const auto& visit) { visit(0, c.groups, offset, int64_t{1}); });

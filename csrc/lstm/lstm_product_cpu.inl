@@ -1,8 +1,8 @@
 // The CPU's matrix products of lstm_product.h, included once per instruction set.
 //
 // B is packed in stripes of three vectors' columns, [stripe][k][columns], zeros behind the last
-// column: block_gemm then reads it in order. A is copied to floats block by block, whatever its
-// type and strides; C is summed in a block of floats beside it.
+// column: block_gemm then reads it in order. A is copied to floats block by block unless it is rows
+// of floats already; C is summed in floats beside it.
 
 constexpr int64_t kStripe = 3 * kLanes<float>;
 // Blocks of A of 64 x 128. Each block along k is summed by itself, so that rounding grows with
@@ -75,24 +75,24 @@ static void product_copy_a(const CpuMatrix& a, int64_t row, int64_t rows, int64_
 // One block of rows times the stripes [stripe_begin, stripe_end).
 template <typename T>
 static void product_block(const CpuProductParams& p, int64_t row, int64_t stripe_begin,
-                          int64_t stripe_end, float* copy_of_a, float* block, float* sums) {
+                          int64_t stripe_end, float* copy_of_a, float* sums) {
   const int64_t rows = std::min(kRowBlock, p.m - row);
   const int64_t width = (stripe_end - stripe_begin) * kStripe;
   const bool by_rows = p.a.stride1 == 1;
   for (int64_t depth = 0; depth < p.k; depth += kDepthBlock) {
     const int64_t depths = std::min(kDepthBlock, p.k - depth);
-    product_copy_a<T>(p.a, row, rows, depth, depths, copy_of_a);
+    const float* a = copy_of_a;
+    int64_t row_stride = by_rows ? depths : 1;
+    if (by_rows && std::is_same_v<T, float>) {
+      a = static_cast<const float*>(p.a.data) + row * p.a.stride0 + depth;
+      row_stride = p.a.stride0;
+    } else {
+      product_copy_a<T>(p.a, row, rows, depth, depths, copy_of_a);
+    }
     for (int64_t stripe = stripe_begin; stripe < stripe_end; ++stripe) {
-      block_gemm<float>(rows, kStripe, depths, copy_of_a, by_rows ? depths : 1, by_rows ? 1 : rows,
-                        p.packed + (stripe * p.k + depth) * kStripe, kStripe, block, kStripe,
-                        false);
-      float* sum = sums + (stripe - stripe_begin) * kStripe;
-      for (int64_t i = 0; i < rows; ++i) {
-        const float* addend = block + i * kStripe;
-        for (int64_t j = 0; j < kStripe; ++j) {
-          sum[i * width + j] = (depth > 0 ? sum[i * width + j] : 0.0f) + addend[j];
-        }
-      }
+      block_gemm<float>(rows, kStripe, depths, a, row_stride, by_rows ? 1 : rows,
+                        p.packed + (stripe * p.k + depth) * kStripe, kStripe,
+                        sums + (stripe - stripe_begin) * kStripe, width, depth > 0);
     }
   }
   const int64_t first = stripe_begin * kStripe;
@@ -114,7 +114,6 @@ static void product_tasks(const CpuProductParams& p, int64_t groups, int64_t beg
   const int64_t per_group = (stripes + groups - 1) / groups;
   const int64_t block_rows = std::min(kRowBlock, p.m);
   const Scratch<float> copy_of_a(block_rows * std::min(kDepthBlock, p.k));
-  const Scratch<float> block(block_rows * kStripe);
   const Scratch<float> sums(block_rows * per_group * kStripe);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t row = task / groups * kRowBlock;
@@ -122,9 +121,9 @@ static void product_tasks(const CpuProductParams& p, int64_t groups, int64_t beg
     const int64_t stripe_end = std::min(stripe + per_group, stripes);
     if (stripe >= stripe_end) continue;
     if (p.a.dtype == DType::kFloat16) {
-      product_block<Half>(p, row, stripe, stripe_end, copy_of_a.data(), block.data(), sums.data());
+      product_block<Half>(p, row, stripe, stripe_end, copy_of_a.data(), sums.data());
     } else {
-      product_block<float>(p, row, stripe, stripe_end, copy_of_a.data(), block.data(), sums.data());
+      product_block<float>(p, row, stripe, stripe_end, copy_of_a.data(), sums.data());
     }
   }
 }

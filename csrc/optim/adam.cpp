@@ -1,35 +1,33 @@
-// Glue of Adam and AdamW: checks everything, makes flat arrays, launches once per kind of tensor.
+// Glue of Adam and AdamW: what the rule asks of a step (optim/run_step.h), and the registered op.
 #include <c10/util/irange.h>
 
-#include "optim/optim_glue.h"
+#include "optim/run_step.h"
 
 namespace fused {
 namespace {
 
-constexpr const char* kOp = "adam";
 constexpr const char* kStates[] = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"};
 
-void check(const StepTensors& tensors, const AdamOptions& options) {
-  check_scalar(kOp, "lr", options.tensor_lr);
-  check_scalar(kOp, "betas[0]", options.tensor_beta1);
-  check_scalar(kOp, "betas[1]", options.tensor_beta2);
-  check_step_tensors(kOp, tensors, options.common, kStates, options.amsgrad ? 3 : 2);
-  check_length(kOp, "steps", tensors.steps.size(), tensors.params.size());
-  for (const auto i : c10::irange(tensors.params.size())) {
-    check_step(kOp, tensors.steps[i], tensors.params[i], options.common.capturable);
-  }
-}
+struct AdamStep {
+  using Options = AdamOptions;
+  using Params = AdamParams;
+  static constexpr const char* kOp = "adam";
 
-void run(const StepTensors& tensors, const AdamOptions& options) {
-  FlatTensors flat(tensors.params.size());
-  const auto batches = make_batches(flat, tensors, options.common);
-  std::vector<AdamParams> launches;
-  std::vector<ScalarReader> readers;
-  for (const LaunchBatch& batch : batches) {
-    const c10::DeviceGuard guard(batch.example.device());
-    ScalarReader& read = readers.emplace_back(batch.example.device(), options.common.capturable);
-    AdamParams& p = launches.emplace_back();
-    p.common = batch.common(kOp, options.common, read);
+  static void check_numbers(const AdamOptions& options) {
+    check_scalar(kOp, "lr", options.tensor_lr);
+    check_scalar(kOp, "betas[0]", options.tensor_beta1);
+    check_scalar(kOp, "betas[1]", options.tensor_beta2);
+  }
+
+  static void check_tensors(const StepTensors& tensors, const AdamOptions& options) {
+    check_step_tensors(kOp, tensors, options.common, kStates, options.amsgrad ? 3 : 2);
+    check_length(kOp, "steps", tensors.steps.size(), tensors.params.size());
+    for (const auto i : c10::irange(tensors.params.size())) {
+      check_step(kOp, tensors.steps[i], tensors.params[i], options.common.capturable);
+    }
+  }
+
+  static void fill(const AdamOptions& options, ScalarReader& read, AdamParams& p) {
     p.lr = read(options.lr, options.tensor_lr);
     p.beta1 = read(options.beta1, options.tensor_beta1);
     p.beta2 = read(options.beta2, options.tensor_beta2);
@@ -38,36 +36,21 @@ void run(const StepTensors& tensors, const AdamOptions& options) {
     p.amsgrad = options.amsgrad;
     p.decoupled_weight_decay = options.decoupled_weight_decay;
   }
-  flat.bump_versions();
-  for (const auto i : c10::irange(batches.size())) {
-    const c10::DeviceGuard guard(batches[i].example.device());
-    check_status(kOp, FUSED_DISPATCH(batches[i].example, adam, launches[i]));
-  }
-  flat.finish();
-}
 
-// Whether the step is skipped, as far as the host must know: a count that it keeps may not advance
-// on a step that only the device knows to be skipped. With counts on the device it does not ask.
-bool host_sees_skip(const TensorVector& steps, const StepOptions& options) {
-  if (!options.found_inf && !(options.skip_nonfinite && options.norm)) return false;
-  for (const at::Tensor& step : steps) {
-    if (lives_on_device(step, options.capturable)) continue;
-    return (options.found_inf && options.found_inf->item<float>() != 0) ||
-           (options.skip_nonfinite && options.norm && !std::isfinite(options.norm->item<double>()));
+  static Status start(const TensorKind& on, const AdamParams& p) {
+    return FUSED_DISPATCH(on, adam, p);
   }
-  return false;
-}
+};
 
 }  // namespace
 
-void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only) {
-  check(tensors, options);
-  if (check_only || tensors.params.empty()) return;
-  if (host_sees_skip(tensors.steps, options.common)) {
-    if (options.common.zero_grad) clear_gradients(tensors.grads);
-    return;
-  }
-  run_in_order(tensors, options, run);
+void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only,
+               KeptStep* maybe_keep) {
+  run_step<AdamStep>(tensors, options, check_only, maybe_keep);
+}
+
+void adam_step(const KeptStep& kept, const AdamOptions& options, bool check_only) {
+  run_kept<AdamStep>(kept, options, check_only);
 }
 
 void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
@@ -81,8 +64,9 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
              const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
              std::optional<double> max_norm, bool skip_nonfinite, bool zero_grad, double ema_decay,
              const std::optional<at::Tensor>& rng) {
-  const StepTensors tensors = listed_tensors(
-      kOp, params, grads, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, scales, masters, emas, steps);
+  const StepTensors tensors =
+      listed_tensors(AdamStep::kOp, params, grads, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, scales,
+                     masters, emas, steps);
   const AdamOptions options{{maximize, capturable, grad_scale, found_inf, norm, max_norm,
                              skip_nonfinite, zero_grad, ema_decay, rng},
                             lr,
@@ -95,7 +79,7 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
                             tensor_lr,
                             tensor_beta1,
                             tensor_beta2};
-  adam_step(tensors, options, /*check_only=*/false);
+  adam_step(tensors, options, /*check_only=*/false, /*maybe_keep=*/nullptr);
 }
 
 }  // namespace fused

@@ -32,6 +32,9 @@ class FlatTensors {
   // Marks what the kernel will change, for autograd's check of stale graphs.
   void bump_versions() const;
 
+  // Whether every array is a tensor's own memory.
+  bool has_no_copies() const { return copies_.empty() && temporaries_.empty(); }
+
   // After the kernel: writes copies back to where they came from.
   void finish() const;
 

@@ -42,20 +42,20 @@ at::Tensor norm_on(at::Device device, const Batches& batches,
   const c10::DeviceGuard guard(device);
   NormSumParams sum{};
   for (const auto& batch : batches) {
-    if (batch.example.device() == device) sum.num_partials += count_chunks(batch);
+    if (batch.kind.device() == device) sum.num_partials += count_chunks(batch);
   }
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
   const at::Tensor partials = at::empty({sum.num_partials}, options);
   const at::Tensor norm = at::empty({}, options);
   int64_t offset = 0;
   for (const auto& batch : batches) {
-    if (batch.example.device() != device) continue;
+    if (batch.kind.device() != device) continue;
     NormPartialsParams p{};
     p.tensors = batch.tensors.data();
     p.num_tensors = static_cast<int64_t>(batch.tensors.size());
     p.partials = partials.data_ptr<double>() + offset;
-    p.dtype = dtype_of(kOp, "tensors", batch.example);
-    check_status(kOp, FUSED_DISPATCH(batch.example, norm_partials, p));
+    p.dtype = dtype_of(kOp, "tensors", batch.kind.scalar_type());
+    check_status(kOp, FUSED_DISPATCH(batch.kind, norm_partials, p));
     offset += count_chunks(batch);
   }
   at::Tensor scale;
@@ -79,16 +79,16 @@ void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
   }
   flat.bump_versions();
   for (const auto& batch : batches) {
-    const c10::DeviceGuard guard(batch.example.device());
+    const c10::DeviceGuard guard(batch.kind.device());
     const at::Tensor here =
-        norm.detach().to(batch.example.device(), at::kDouble, /*non_blocking=*/true);
+        norm.detach().to(batch.kind.device(), at::kDouble, /*non_blocking=*/true);
     ClipParams p{};
     p.tensors = batch.tensors.data();
     p.num_tensors = static_cast<int64_t>(batch.tensors.size());
     p.norm = here.const_data_ptr<double>();
     p.max_norm = max_norm;
-    p.dtype = dtype_of(kClip, "tensors", batch.example);
-    check_status(kClip, FUSED_DISPATCH(batch.example, clip, p));
+    p.dtype = dtype_of(kClip, "tensors", batch.kind.scalar_type());
+    check_status(kClip, FUSED_DISPATCH(batch.kind, clip, p));
   }
   flat.finish();
 }
@@ -107,7 +107,7 @@ at::Tensor total_norm(at::TensorList tensors, const std::optional<at::Tensor>& g
   }
   std::vector<at::Device> devices;
   for (const auto& batch : batches) {
-    const at::Device device = batch.example.device();
+    const at::Device device = batch.kind.device();
     if (std::find(devices.begin(), devices.end(), device) == devices.end()) {
       devices.push_back(device);
     }

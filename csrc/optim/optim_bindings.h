@@ -1,6 +1,5 @@
-// The optimizers' Python binding: a whole parameter group goes in as its Python objects, and the
-// tensors are gathered here, because a Python loop over them costs more than the step itself where
-// they are many and small. A header, for bindings/module.cpp to include.
+// The optimizers' Python binding: a whole parameter group goes in as its Python objects. A header,
+// for bindings/module.cpp to include.
 #pragma once
 
 #include <ATen/record_function.h>
@@ -8,64 +7,18 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "optim/gather.h"
+#include "optim/kept_step.h"
 #include "optim/optim_ops.h"
 
 namespace fused::optim_bindings {
-
-namespace py = pybind11;
-
-// Walks a group's parameters and their entries in the optimizer's state. State entries are mostly
-// in the parameters' order, so the next one is looked at before a hash is computed (in Python, for
-// tensors). Every object is looked at on every step: a tensor that was replaced is simply found.
-class StateWalker {
- public:
-  explicit StateWalker(const py::dict& state) : state_(state) {}
-
-  // The entry of `param`, borrowed, or null.
-  PyObject* find(PyObject* param) {
-    PyObject *key = nullptr, *value = nullptr;
-    if (PyDict_Next(state_.ptr(), &position_, &key, &value) && key == param) return value;
-    value = PyDict_GetItemWithError(state_.ptr(), param);
-    if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
-    return value;
-  }
-
- private:
-  const py::dict& state_;
-  Py_ssize_t position_ = 0;
-};
-
-// Why a tensor cannot go to a kernel as it is, or null. Subclasses go through the dispatcher.
-inline const char* refusal(const at::Tensor& tensor) {
-  if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::python_ks)) return "subclass";
-  if (tensor.layout() != at::kStrided) return "sparse";
-  if (!tensor.is_floating_point()) return "complex";
-  if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::DispatchKeySet(
-          {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
-           c10::DispatchKey::Functionalize}))) {
-    return "transform";
-  }
-  return nullptr;
-}
-
-// The tensor `entry[name]`.
-inline const at::Tensor& state_tensor(PyObject* entry, PyObject* name) {
-  PyObject* value = PyDict_GetItemWithError(entry, name);
-  if (value == nullptr) {
-    if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, name);
-    throw py::error_already_set();
-  }
-  if (!THPVariable_Check(value)) {
-    throw py::type_error("optimizer: state must hold tensors, got " +
-                         std::string(Py_TYPE(value)->tp_name) + " for " +
-                         py::str(name).cast<std::string>());
-  }
-  return THPVariable_Unpack(value);
-}
 
 // A hyperparameter as Python has it: a number or a tensor of one element.
 struct Number {
@@ -81,155 +34,109 @@ struct Number {
   }
 };
 
-// Calls visit(param_object, param, grad) for each parameter that has a gradient. Returns why the
-// group cannot go to a kernel, or null.
-template <typename Visit>
-const char* for_each_gradient(const py::list& params, const Visit& visit) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
-  for (const py::handle& object : params) {
-    const at::Tensor& param = THPVariable_Unpack(object.ptr());
-    const at::Tensor& grad = param.grad();
-    if (!grad.defined()) continue;
-    if (const char* reason = refusal(param)) return reason;
-    if (const char* reason = refusal(grad)) return reason;
-    if (const char* reason = visit(object.ptr(), param, grad)) return reason;
-  }
-  return nullptr;
-}
-
-// What a group's step finds in the state of each parameter.
-struct StateNames {
-  std::vector<PyObject*> states, scales;  // interned
-  bool has_step;
-  // A state that may be missing or None, and then begins: the momentum buffer.
-  bool may_begin;
-};
-
-inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
-
-// The arguments that every rule has, under Python's names; see StepOptions.
-struct CommonArguments {
-  StepOptions options;
-  PyObject* master_name = nullptr;  // "master", "remainder" or none
-  bool has_ema = false;
-
-  CommonArguments(bool maximize, bool capturable, const std::optional<at::Tensor>& grad_scale,
-                  const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
-                  std::optional<double> max_norm, bool skip_nonfinite, bool zero_grad,
-                  std::optional<double> ema_decay, const std::optional<at::Tensor>& rng,
-                  const std::optional<std::string>& master) {
-    options.maximize = maximize;
-    options.capturable = capturable;
-    options.grad_scale = grad_scale;
-    options.found_inf = found_inf;
-    options.norm = norm;
-    options.max_norm = max_norm;
-    options.skip_nonfinite = skip_nonfinite;
-    options.zero_grad = zero_grad;
-    options.ema_decay = ema_decay.value_or(0.0);
-    options.rng = rng;
-    has_ema = ema_decay.has_value();
-    if (master) master_name = interned(master->c_str());
-  }
-};
-
 using Outcome = std::optional<std::string>;
 
-// A group's tensors, and whether every parameter with a gradient has its state.
-struct Gathered {
-  StepTensors tensors;
-  bool initialised = true;
-  const char* refusal = nullptr;
+// What a group's step has kept, and for what it was asked.
+struct KeptGroup {
+  struct Purpose {
+    const StateNames* names = nullptr;
+    const PyObject* master_name = nullptr;
+    bool has_ema = false, capturable = false, writes_grads = false, zero_grad = false;
 
-  Gathered(const py::list& params, const py::dict& state, const StateNames& names,
-           const CommonArguments& common) {
-    reserve(params.size(), names, common);
-    StateWalker walker(state);
-    refusal = for_each_gradient(
-        params, [&](PyObject* object, const at::Tensor& param, const at::Tensor& grad) {
-          tensors.params.push_back(param);
-          tensors.grads.push_back(grad);
-          return gather_state(walker.find(object), param, names, common);
-        });
-  }
-
- private:
-  void reserve(size_t count, const StateNames& names, const CommonArguments& common) {
-    tensors.params.reserve(count);
-    tensors.grads.reserve(count);
-    for (size_t k = 0; k < names.states.size(); ++k) tensors.states[k].reserve(count);
-    if (names.has_step) tensors.steps.reserve(count);
-    if (common.master_name) tensors.masters.reserve(count);
-    if (common.has_ema) tensors.emas.reserve(count);
-  }
-
-  const char* gather_state(PyObject* entry, const at::Tensor& param, const StateNames& names,
-                           const CommonArguments& common) {
-    static PyObject* const step_name = interned("step");
-    static PyObject* const ema_name = interned("ema");
-    const bool has_master = common.master_name != nullptr && param.element_size() == 2;
-    const bool needs_nothing =
-        names.states.empty() && !names.has_step && !has_master && !common.has_ema;
-    if (needs_nothing) {
-      if (common.master_name) tensors.masters.emplace_back();
-      return nullptr;
+    bool operator==(const Purpose& o) const {
+      return names == o.names && master_name == o.master_name && has_ema == o.has_ema &&
+             capturable == o.capturable && writes_grads == o.writes_grads &&
+             zero_grad == o.zero_grad;
     }
-    if (entry == nullptr || PyDict_GET_SIZE(entry) == 0 || begins(entry, names)) {
-      initialised = false;
-      return nullptr;
-    }
-    for (size_t k = 0; k < names.states.size(); ++k) {
-      const at::Tensor& tensor =
-          tensors.states[k].emplace_back(state_tensor(entry, names.states[k]));
-      if (const char* reason =
-              tensor.scalar_type() == at::kChar || tensor.scalar_type() == at::kByte
-                  ? gather_scale(entry, names, k)
-                  : fused::optim_bindings::refusal(tensor)) {
-        return reason;
-      }
-    }
-    if (names.has_step) tensors.steps.push_back(state_tensor(entry, step_name));
-    if (common.master_name) {
-      tensors.masters.push_back(has_master ? state_tensor(entry, common.master_name)
-                                           : at::Tensor());
-    }
-    if (common.has_ema) tensors.emas.push_back(state_tensor(entry, ema_name));
-    return nullptr;
-  }
-
-  static bool begins(PyObject* entry, const StateNames& names) {
-    if (!names.may_begin || names.states.empty()) return false;
-    PyObject* value = PyDict_GetItemWithError(entry, names.states[0]);
-    return value == nullptr || value == Py_None;
-  }
-
-  // Lists of scales have an entry for every parameter once one has a scale.
-  const char* gather_scale(PyObject* entry, const StateNames& names, size_t k) {
-    tensors.scales[k].resize(tensors.states[k].size() - 1);
-    tensors.scales[k].push_back(state_tensor(entry, names.scales[k]));
-    return nullptr;
-  }
+  };
+  Purpose purpose;
+  KeptStep step;
 };
 
-// The gradients are checked before the caller makes states for them.
-inline Outcome uninitialised(const char* op, const StepTensors& tensors) {
-  check_gradients(op, tensors.params, tensors.grads);
-  return "uninitialised";
-}
+// What an optimizer's groups have kept, by their lists of parameters. Which list it was only says
+// where to look: the step itself compares.
+class KeptGroups {
+ public:
+  // Taken out for the time of a step, in which other threads may run.
+  class Loan {
+   public:
+    Loan(KeptGroups& owner, const PyObject* params) : owner_(owner), params_(params) {
+      std::swap(group_, owner.groups_[params]);
+      if (!group_) group_ = std::make_unique<KeptGroup>();
+    }
+    ~Loan() {
+      if (owner_.groups_.size() > kMost) owner_.groups_.clear();
+      owner_.groups_[params_] = std::move(group_);
+    }
+    Loan(const Loan&) = delete;
+    KeptGroup* operator->() { return group_.get(); }
 
-inline void complete_scales(StepTensors& tensors) {
-  for (auto& scales : tensors.scales) {
-    if (!scales.empty()) scales.resize(tensors.params.size());
-  }
-}
+   private:
+    KeptGroups& owner_;
+    const PyObject* params_;
+    std::unique_ptr<KeptGroup> group_;
+  };
+
+  // How often a group was gathered because nothing was kept of it, or something else.
+  int64_t num_gatherings() const { return num_gatherings_; }
+  void count_gathering() { ++num_gatherings_; }
+
+ private:
+  static constexpr size_t kMost = 1024;  // lists that are no more are forgotten then
+  std::unordered_map<const PyObject*, std::unique_ptr<KeptGroup>> groups_;
+  int64_t num_gatherings_ = 0;
+};
+
+// Below this many elements a step is over before another thread would have got the interpreter.
+constexpr int64_t kBriefStep = 1 << 18;
 
 // One step of a group, or a check that it would succeed. Returns None when that is done, else why
 // it was not, with nothing changed: "uninitialised" where a parameter has no state yet, or what
-// keeps the kernels from these tensors.
-inline Outcome adam_group(const py::list& params, const py::dict& state, const py::handle& lr,
-                          const py::handle& beta1, const py::handle& beta2, double weight_decay,
-                          double eps, bool amsgrad, bool decoupled_weight_decay, bool maximize,
-                          bool capturable, const std::optional<at::Tensor>& grad_scale,
+// keeps the kernels from these tensors. `run` makes it of a kept step or of gathered tensors.
+template <typename Run>
+Outcome step_group(const char* op, KeptGroups& kept_groups, const py::list& params,
+                   const py::dict& state, const StateNames& names, const CommonArguments& common,
+                   bool check_only, const Run& run) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
+  const StepOptions& options = common.options;
+  const KeptGroup::Purpose purpose{&names,
+                                   common.master_name,
+                                   common.has_ema,
+                                   options.capturable,
+                                   options.writes_grads(),
+                                   options.zero_grad};
+  KeptGroups::Loan kept(kept_groups, params.ptr());
+  if (kept->purpose == purpose && !kept->step.may_be_skipped(options) &&
+      is_as_kept(kept->step, params, state, names, common)) {
+    if (check_only || kept->step.numel() < kBriefStep) {
+      run(kept->step);
+    } else {
+      const std::vector<at::Tensor> held = kept->step.hold();
+      const py::gil_scoped_release no_gil;
+      run(kept->step);
+    }
+    return std::nullopt;
+  }
+  kept_groups.count_gathering();
+  Gathered group(params, state, names, common);
+  if (group.refusal) return group.refusal;
+  if (!group.initialised) {
+    // The gradients are checked before the caller makes states for them.
+    check_gradients(op, group.tensors.params, group.tensors.grads);
+    return "uninitialised";
+  }
+  kept->step.forget();  // what it was for is another now, whether this step fails or not
+  kept->purpose = purpose;
+  const py::gil_scoped_release no_gil;
+  run(group.tensors, &kept->step);
+  return std::nullopt;
+}
+
+inline Outcome adam_group(KeptGroups& kept, const py::list& params, const py::dict& state,
+                          const py::handle& lr, const py::handle& beta1, const py::handle& beta2,
+                          double weight_decay, double eps, bool amsgrad,
+                          bool decoupled_weight_decay, bool maximize, bool capturable,
+                          const std::optional<at::Tensor>& grad_scale,
                           const std::optional<at::Tensor>& found_inf,
                           const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
                           bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
@@ -248,10 +155,6 @@ inline Outcome adam_group(const py::list& params, const py::dict& state, const p
   const CommonArguments common(maximize, capturable, grad_scale, found_inf, norm, max_norm,
                                skip_nonfinite, zero_grad, ema_decay, rng, master);
   const Number lr_number(lr), beta1_number(beta1), beta2_number(beta2);
-  Gathered group(params, state, amsgrad ? with_max : without_max, common);
-  if (group.refusal) return group.refusal;
-  if (!group.initialised) return uninitialised("adam", group.tensors);
-  complete_scales(group.tensors);
   const AdamOptions options{common.options,
                             lr_number.value,
                             beta1_number.value,
@@ -263,17 +166,18 @@ inline Outcome adam_group(const py::list& params, const py::dict& state, const p
                             lr_number.tensor,
                             beta1_number.tensor,
                             beta2_number.tensor};
-  const py::gil_scoped_release no_gil;
-  RECORD_FUNCTION("fused::adam_", c10::ArrayRef<const c10::IValue>{});
-  adam_step(group.tensors, options, check_only);
-  return std::nullopt;
+  return step_group("adam", kept, params, state, amsgrad ? with_max : without_max, common,
+                    check_only, [&](const auto& step, auto*... maybe_keep) {
+                      RECORD_FUNCTION("fused::adam_", c10::ArrayRef<const c10::IValue>{});
+                      adam_step(step, options, check_only, maybe_keep...);
+                    });
 }
 
 // `first_step`: the momentum buffers are there and hold nothing yet.
-inline Outcome sgd_group(const py::list& params, const py::dict& state, const py::handle& lr,
-                         double weight_decay, double momentum, double dampening, bool nesterov,
-                         bool first_step, bool maximize, bool capturable,
-                         const std::optional<at::Tensor>& grad_scale,
+inline Outcome sgd_group(KeptGroups& kept, const py::list& params, const py::dict& state,
+                         const py::handle& lr, double weight_decay, double momentum,
+                         double dampening, bool nesterov, bool first_step, bool maximize,
+                         bool capturable, const std::optional<at::Tensor>& grad_scale,
                          const std::optional<at::Tensor>& found_inf,
                          const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
                          bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
@@ -287,16 +191,13 @@ inline Outcome sgd_group(const py::list& params, const py::dict& state, const py
   const CommonArguments common(maximize, capturable, grad_scale, found_inf, norm, max_norm,
                                skip_nonfinite, zero_grad, ema_decay, rng, master);
   const Number lr_number(lr);
-  Gathered group(params, state, momentum != 0 ? with_momentum : without_momentum, common);
-  if (group.refusal) return group.refusal;
-  if (!group.initialised) return uninitialised("sgd", group.tensors);
-  complete_scales(group.tensors);
   const SgdOptions options{common.options, lr_number.value, weight_decay, momentum,
                            dampening,      nesterov,        first_step,   lr_number.tensor};
-  const py::gil_scoped_release no_gil;
-  RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
-  sgd_step(group.tensors, options, check_only);
-  return std::nullopt;
+  return step_group("sgd", kept, params, state, momentum != 0 ? with_momentum : without_momentum,
+                    common, check_only, [&](const auto& step, auto*... maybe_keep) {
+                      RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
+                      sgd_step(step, options, check_only, maybe_keep...);
+                    });
 }
 
 using Tensors = std::vector<at::Tensor>;
@@ -329,19 +230,23 @@ inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, d
 
 inline void bind(py::module_& module) {
   using py::arg;
+  // The emulated twin of this module has a class of the same name.
+  py::class_<KeptGroups>(module, "KeptGroups", py::module_local())
+      .def(py::init<>())
+      .def_property_readonly("num_gatherings", &KeptGroups::num_gatherings);
   module.def("total_norm", &bound_total_norm, arg("tensors"), arg("grad_scale") = py::none());
   module.def("gradient_norm", &gradient_norm, arg("groups"), arg("grad_scale"));
   module.def("clip_by_norm_", &bound_clip_by_norm, arg("tensors"), arg("norm"), arg("max_norm"));
-  module.def("adam_group", &adam_group, arg("params"), arg("state"), arg("lr"), arg("beta1"),
-             arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"),
+  module.def("adam_group", &adam_group, arg("kept"), arg("params"), arg("state"), arg("lr"),
+             arg("beta1"), arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"),
              arg("decoupled_weight_decay"), arg("maximize"), arg("capturable"), arg("grad_scale"),
              arg("found_inf"), arg("norm"), arg("max_norm"), arg("skip_nonfinite"),
              arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"));
-  module.def("sgd_group", &sgd_group, arg("params"), arg("state"), arg("lr"), arg("weight_decay"),
-             arg("momentum"), arg("dampening"), arg("nesterov"), arg("first_step"), arg("maximize"),
-             arg("capturable"), arg("grad_scale"), arg("found_inf"), arg("norm"), arg("max_norm"),
-             arg("skip_nonfinite"), arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"),
-             arg("check_only"));
+  module.def("sgd_group", &sgd_group, arg("kept"), arg("params"), arg("state"), arg("lr"),
+             arg("weight_decay"), arg("momentum"), arg("dampening"), arg("nesterov"),
+             arg("first_step"), arg("maximize"), arg("capturable"), arg("grad_scale"),
+             arg("found_inf"), arg("norm"), arg("max_norm"), arg("skip_nonfinite"),
+             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"));
 }
 
 }  // namespace fused::optim_bindings

@@ -130,6 +130,13 @@ void check_gradients(const char* op, at::TensorList params, at::TensorList grads
   for (const auto i : c10::irange(params.size())) check_param(op, params[i], grads[i]);
 }
 
+void check_step_options(const char* op, const StepOptions& options) {
+  check_scalar(op, "grad_scale", options.grad_scale);
+  check_scalar(op, "found_inf", options.found_inf);
+  check_scalar(op, "norm", options.norm);
+  check_rng(op, options.rng);
+}
+
 void check_step_tensors(const char* op, const StepTensors& tensors, const StepOptions& options,
                         const char* const* state_names, size_t num_states) {
   const size_t length = tensors.params.size();
@@ -140,11 +147,7 @@ void check_step_tensors(const char* op, const StepTensors& tensors, const StepOp
   }
   if (!tensors.masters.empty()) check_length(op, "masters", tensors.masters.size(), length);
   if (!tensors.emas.empty()) check_length(op, "emas", tensors.emas.size(), length);
-  check_scalar(op, "grad_scale", options.grad_scale);
-  check_scalar(op, "found_inf", options.found_inf);
-  check_scalar(op, "norm", options.norm);
-  check_rng(op, options.rng);
-  const bool writes_grads = options.grad_scale.has_value() || options.zero_grad;
+  const bool writes_grads = options.writes_grads();
   for (const auto i : c10::irange(length)) {
     const at::Tensor& param = tensors.params[i];
     check_param(op, param, tensors.grads[i]);

@@ -4,6 +4,7 @@
 #include <c10/util/irange.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -82,7 +83,7 @@ std::vector<LaunchBatch> make_batches(FlatTensors& flat, const StepTensors& tens
     const at::Tensor& param = tensors.params[i];
     OptimTensor t{};
     t.param = flat.param(param);
-    t.grad = flat.operand(tensors.grads[i], options.grad_scale.has_value() || options.zero_grad);
+    t.grad = flat.operand(tensors.grads[i], options.writes_grads());
     StateType state_type = StateType::kAsParam;
     for (const auto k : c10::irange(kMaxStates)) {
       const at::Tensor* state = maybe_at(tensors.states[k], i);
@@ -108,16 +109,16 @@ std::vector<LaunchBatch> make_batches(FlatTensors& flat, const StepTensors& tens
     }
     t.numel = param.numel();
     t.index = static_cast<int64_t>(i);
+    const TensorKind kind(param);
     const bool has_ema = t.maybe_ema != nullptr;
     const auto fits = [&](const LaunchBatch& batch) {
-      return batch.example.scalar_type() == param.scalar_type() &&
-             batch.example.device() == param.device() && batch.state_type == state_type &&
-             batch.master == master && batch.has_ema == has_ema;
+      return batch.kind == kind && batch.state_type == state_type && batch.master == master &&
+             batch.has_ema == has_ema;
     };
     // From the end: the next tensor mostly goes where the last one went.
     const auto found = std::find_if(batches.rbegin(), batches.rend(), fits);
     if (found == batches.rend()) {
-      batches.push_back({param, {t}, state_type, master, has_ema});
+      batches.push_back({kind, {t}, state_type, master, has_ema});
       batches.back().tensors.reserve(tensors.params.size());
     } else {
       found->tensors.push_back(t);
@@ -137,9 +138,9 @@ OptimCommon LaunchBatch::common(const char* op, const StepOptions& options,
   c.max_norm = options.max_norm.value_or(std::numeric_limits<double>::infinity());
   c.ema_decay = options.ema_decay;
   // Parameters that are not rounded need no chance.
-  const bool rounds = example.element_size() == 2 && master == MasterType::kNone;
+  const bool rounds = c10::elementSize(kind.scalar_type()) == 2 && master == MasterType::kNone;
   c.maybe_rng = rounds ? read.pointer<int64_t>(options.rng) : nullptr;
-  c.dtype = dtype_of(op, "params", example);
+  c.dtype = dtype_of(op, "params", kind.scalar_type());
   c.state_type = state_type;
   c.master = master;
   c.maximize = options.maximize;
@@ -152,8 +153,26 @@ void clear_gradients(const TensorVector& grads) {
   for (const at::Tensor& grad : grads) grad.detach().zero_();
 }
 
+bool host_sees_skip(const TensorVector& steps, const StepOptions& options) {
+  if (!options.found_inf && !(options.skip_nonfinite && options.norm)) return false;
+  for (const at::Tensor& step : steps) {
+    if (lives_on_device(step, options.capturable)) continue;
+    return (options.found_inf && options.found_inf->item<float>() != 0) ||
+           (options.skip_nonfinite && options.norm && !std::isfinite(options.norm->item<double>()));
+  }
+  return false;
+}
+
+bool overlap(std::vector<MemorySpan>& spans) {
+  if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
+  for (size_t i = 1; i < spans.size(); ++i) {
+    if (spans[i].first < spans[i - 1].second) return true;
+  }
+  return false;
+}
+
 bool share_memory(at::TensorList tensors) {
-  std::vector<std::pair<const char*, const char*>> spans;
+  std::vector<MemorySpan> spans;
   spans.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     if (tensor.numel() == 0) continue;
@@ -162,11 +181,7 @@ bool share_memory(at::TensorList tensors) {
     const char* begin = static_cast<const char*>(tensor.const_data_ptr());
     spans.emplace_back(begin, begin + (last + 1) * tensor.element_size());
   }
-  if (!std::is_sorted(spans.begin(), spans.end())) std::sort(spans.begin(), spans.end());
-  for (size_t i = 1; i < spans.size(); ++i) {
-    if (spans[i].first < spans[i - 1].second) return true;
-  }
-  return false;
+  return overlap(spans);
 }
 
 }  // namespace fused

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "common/dispatch.h"
@@ -14,22 +15,38 @@
 
 namespace fused {
 
-// Tensors of one dtype on one device.
+// A dtype on a device: what a launch is for, and what FUSED_DISPATCH asks of a tensor.
+class TensorKind {
+ public:
+  explicit TensorKind(const at::Tensor& tensor)
+      : dtype_(tensor.scalar_type()), device_(tensor.device()) {}
+
+  at::ScalarType scalar_type() const { return dtype_; }
+  at::Device device() const { return device_; }
+  bool is_cuda() const { return device_.is_cuda(); }
+  bool operator==(const TensorKind& other) const {
+    return dtype_ == other.dtype_ && device_ == other.device_;
+  }
+
+ private:
+  at::ScalarType dtype_;
+  at::Device device_;
+};
+
+// Tensors of one kind.
 template <typename Tensor>
 struct Batch {
-  at::Tensor example;
+  TensorKind kind;
   std::vector<Tensor> tensors;
 };
 
 template <typename Tensor>
 Batch<Tensor>& batch_of(std::vector<Batch<Tensor>>& batches, const at::Tensor& param) {
+  const TensorKind kind(param);
   for (Batch<Tensor>& batch : batches) {
-    if (batch.example.scalar_type() == param.scalar_type() &&
-        batch.example.device() == param.device()) {
-      return batch;
-    }
+    if (batch.kind == kind) return batch;
   }
-  return batches.emplace_back(Batch<Tensor>{param, {}});
+  return batches.emplace_back(Batch<Tensor>{kind, {}});
 }
 
 // The scalar tensors of a step as the kernels for one device read them.
@@ -74,8 +91,11 @@ void check_param(const char* op, const at::Tensor& param, const at::Tensor& grad
 // Throws where one memory location holds several elements, which cannot all be written.
 void check_writable(const char* op, const char* argument, const at::Tensor& tensor);
 
+// Throws unless the tensors among the options are scalars and seeds.
+void check_step_options(const char* op, const StepOptions& options);
+
 // Throws unless everything but the step counts fits together: parameters, gradients, `num_states`
-// states by these names, masters, averages, options.
+// states by these names, masters, averages.
 void check_step_tensors(const char* op, const StepTensors& tensors, const StepOptions& options,
                         const char* const* state_names, size_t num_states);
 
@@ -86,7 +106,7 @@ StepTensors listed_tensors(const char* op, at::TensorList params, at::TensorList
 
 // What becomes one launch of a kernel, as far as every rule has it.
 struct LaunchBatch {
-  at::Tensor example;
+  TensorKind kind;
   std::vector<OptimTensor> tensors;
   StateType state_type;
   MasterType master;
@@ -99,24 +119,19 @@ struct LaunchBatch {
 std::vector<LaunchBatch> make_batches(FlatTensors& flat, const StepTensors& tensors,
                                       const StepOptions& options);
 
+// Where something begins and ends in memory.
+using MemorySpan = std::pair<const char*, const char*>;
+
+// Whether any two overlap. Sorts them.
+bool overlap(std::vector<MemorySpan>& spans);
+
 // Whether two of the tensors share memory, so that the order of their updates matters.
 bool share_memory(at::TensorList tensors);
 
-void clear_gradients(const TensorVector& grads);
+// Whether the step is skipped, as far as the host must know: a count that it keeps may not advance
+// on a step that only the device knows to be skipped. With counts on the device it does not ask.
+bool host_sees_skip(const TensorVector& steps, const StepOptions& options);
 
-// Runs a step that was checked: run(tensors, options) for all at once where no two parameters or
-// written gradients share memory (one listed twice, overlapping views), else for one after the
-// other.
-template <typename Options, typename Run>
-void run_in_order(const StepTensors& tensors, const Options& options, const Run& run) {
-  const StepOptions& common = options.common;
-  if (!share_memory(tensors.params) && !(common.zero_grad && share_memory(tensors.grads))) {
-    return run(tensors, options);
-  }
-  Options one_by_one = options;
-  one_by_one.common.zero_grad = false;
-  for (size_t i = 0; i < tensors.params.size(); ++i) run(tensors.at(i), one_by_one);
-  if (common.zero_grad) clear_gradients(tensors.grads);
-}
+void clear_gradients(const TensorVector& grads);
 
 }  // namespace fused

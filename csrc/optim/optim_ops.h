@@ -12,6 +12,8 @@
 
 namespace fused {
 
+class KeptStep;  // optim/kept_step.h
+
 using TensorVector = std::vector<at::Tensor>;
 
 // The tensors of one step: entry i of each list belongs to parameter i. A list that the step has no
@@ -40,6 +42,8 @@ struct StepOptions {
   bool zero_grad = false;
   double ema_decay = 0;
   std::optional<at::Tensor> rng;  // stochastic rounding: int64 [seed, offset]
+
+  bool writes_grads() const { return grad_scale.has_value() || zero_grad; }
 };
 
 // A tensor_* that is set takes the number's place.
@@ -60,9 +64,16 @@ struct SgdOptions {
 
 // One step over any number of tensors, of any of the four dtypes and of several devices, in place.
 // Everything is checked and every temporary allocated before anything is written: a call that
-// throws has changed nothing. `check_only` stops there.
-FUSED_API void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only);
-FUSED_API void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only);
+// throws has changed nothing. `check_only` stops there. The step is kept in `maybe_keep` where the
+// next one can be made of what it has gathered.
+FUSED_API void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only,
+                         KeptStep* maybe_keep);
+FUSED_API void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only,
+                        KeptStep* maybe_keep);
+
+// The same for a kept step whose tensors are as they were.
+FUSED_API void adam_step(const KeptStep& kept, const AdamOptions& options, bool check_only);
+FUSED_API void sgd_step(const KeptStep& kept, const SgdOptions& options, bool check_only);
 
 // Throws unless the kernels of `op` can update each parameter by its gradient.
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);

@@ -1,24 +1,25 @@
-// Glue of SGD: checks everything, makes flat arrays, launches once per kind of tensor.
-#include <c10/util/irange.h>
-
-#include "optim/optim_glue.h"
+// Glue of SGD: what the rule asks of a step (optim/run_step.h), and the registered op.
+#include "optim/run_step.h"
 
 namespace fused {
 namespace {
 
-constexpr const char* kOp = "sgd";
 constexpr const char* kStates[] = {"momentum_buffer"};
 
-void run(const StepTensors& tensors, const SgdOptions& options) {
-  FlatTensors flat(tensors.params.size());
-  const auto batches = make_batches(flat, tensors, options.common);
-  std::vector<SgdParams> launches;
-  std::vector<ScalarReader> readers;
-  for (const LaunchBatch& batch : batches) {
-    const c10::DeviceGuard guard(batch.example.device());
-    ScalarReader& read = readers.emplace_back(batch.example.device(), options.common.capturable);
-    SgdParams& p = launches.emplace_back();
-    p.common = batch.common(kOp, options.common, read);
+struct SgdStep {
+  using Options = SgdOptions;
+  using Params = SgdParams;
+  static constexpr const char* kOp = "sgd";
+
+  static void check_numbers(const SgdOptions& options) {
+    check_scalar(kOp, "lr", options.tensor_lr);
+  }
+
+  static void check_tensors(const StepTensors& tensors, const SgdOptions& options) {
+    check_step_tensors(kOp, tensors, options.common, kStates, options.momentum != 0 ? 1 : 0);
+  }
+
+  static void fill(const SgdOptions& options, ScalarReader& read, SgdParams& p) {
     p.lr = read(options.lr, options.tensor_lr);
     p.weight_decay = options.weight_decay;
     p.momentum = options.momentum;
@@ -26,21 +27,21 @@ void run(const StepTensors& tensors, const SgdOptions& options) {
     p.nesterov = options.nesterov;
     p.first_step = options.first_step;
   }
-  flat.bump_versions();
-  for (const auto i : c10::irange(batches.size())) {
-    const c10::DeviceGuard guard(batches[i].example.device());
-    check_status(kOp, FUSED_DISPATCH(batches[i].example, sgd, launches[i]));
+
+  static Status start(const TensorKind& on, const SgdParams& p) {
+    return FUSED_DISPATCH(on, sgd, p);
   }
-  flat.finish();
-}
+};
 
 }  // namespace
 
-void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only) {
-  check_scalar(kOp, "lr", options.tensor_lr);
-  check_step_tensors(kOp, tensors, options.common, kStates, options.momentum != 0 ? 1 : 0);
-  if (check_only || tensors.params.empty()) return;
-  run_in_order(tensors, options, run);
+void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only,
+              KeptStep* maybe_keep) {
+  run_step<SgdStep>(tensors, options, check_only, maybe_keep);
+}
+
+void sgd_step(const KeptStep& kept, const SgdOptions& options, bool check_only) {
+  run_kept<SgdStep>(kept, options, check_only);
 }
 
 void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
@@ -52,7 +53,7 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
             bool skip_nonfinite, bool zero_grad, double ema_decay,
             const std::optional<at::Tensor>& rng) {
   const StepTensors tensors =
-      listed_tensors(kOp, params, grads, {momentum_buffers}, scales, masters, emas, {});
+      listed_tensors(SgdStep::kOp, params, grads, {momentum_buffers}, scales, masters, emas, {});
   const SgdOptions options{{maximize, capturable, grad_scale, found_inf, norm, max_norm,
                             skip_nonfinite, zero_grad, ema_decay, rng},
                            lr,
@@ -62,7 +63,7 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
                            nesterov,
                            first_step,
                            tensor_lr};
-  sgd_step(tensors, options, /*check_only=*/false);
+  sgd_step(tensors, options, /*check_only=*/false, /*maybe_keep=*/nullptr);
 }
 
 }  // namespace fused

@@ -140,7 +140,8 @@ class _ParameterStep:
     ) -> None:
         self._optimizer = optimizer
         self._group_index = group_index
-        self._parameter = parameter
+        # One list for all steps, by which the extension finds what it has kept of the last.
+        self._params = [parameter]
         self._lock = lock
 
     @torch.no_grad()
@@ -149,7 +150,7 @@ class _ParameterStep:
         with self._lock:
             groups = optimizer.param_groups
             # Looked up now: options change, and load_state_dict replaces the groups.
-            group = {**groups[self._group_index], "params": [self._parameter]}
+            group = {**groups[self._group_index], "params": self._params}
             optimizer.param_groups = [group]
             try:
                 optimizer._eager_step()

@@ -1,7 +1,8 @@
 """The step that Adam and SGD share: which way each group goes, and all checks before any change.
 
-A group's tensors are gathered in C++, from its list of parameters and the optimizer's state, on
-every step anew; nothing is cached that could go stale. Three ways lead through a step:
+A group's tensors are gathered in C++, from its list of parameters and the optimizer's state. What
+was gathered is kept for the next step, which looks whether every tensor is still what it was
+(csrc/optim/kept_step.h). Three ways lead through a step:
 
     kernel      adam_group / sgd_group of the extension: checks and launches
     registered  torch.ops.fused.adam_ / sgd_, where a tracer or a tensor subclass must see the op
@@ -81,6 +82,9 @@ class FusedStep(KeptStates):
         NotImplementedError: at the step, where one of these is set and no kernel covers the group
             (complex parameters, sparse gradients, `differentiable`).
     """
+
+    # The extension and what it keeps; not part of a copy.
+    _kept: tuple[Any, Any] | None = None
 
     # GradScaler leaves unscaling and skipping to the step itself.
     _step_supports_amp_scaling = True
@@ -244,6 +248,7 @@ class FusedStep(KeptStates):
     ) -> str | None:
         extras = self.extras
         return self._kernel_call(
+            kept=self._kept_groups(),
             params=group["params"] if params is None else params,
             state=self.state,
             **self._hyperparameters(group) | changes,
@@ -253,6 +258,13 @@ class FusedStep(KeptStates):
             rng=None if check_only else self._draw_rng(group),
             check_only=check_only,
         )
+
+    def _kept_groups(self) -> Any:
+        """What the extension keeps of this optimizer's groups from one step to the next."""
+        kernels = _route.kernels()
+        if self._kept is None or self._kept[0] is not kernels:
+            self._kept = (kernels, kernels.KeptGroups())
+        return self._kept[1]
 
     def _common(self, group: Group, norm: Tensor | None) -> dict[str, Any]:
         """What a group's step reads whichever way it goes."""

@@ -1,6 +1,6 @@
 """What each op means, in float64 and plain PyTorch operators: the definition that tests hold to."""
 
-from fused.reference.attention import scaled_dot_product_attention
+from fused.reference.attention import scaled_dot_product_attention, varlen_attention
 from fused.reference.conv import conv1d, conv2d, conv3d
 from fused.reference.lstm import lstm, lstm_cell
 from fused.reference.optim import adam, sgd
@@ -14,4 +14,5 @@ __all__ = [
     "lstm_cell",
     "scaled_dot_product_attention",
     "sgd",
+    "varlen_attention",
 ]

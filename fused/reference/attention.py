@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,3 +64,40 @@ def scaled_dot_product_attention(
     out = (weights if keep is None else weights * keep) @ v
     lse = torch.logsumexp(logits, dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
     return (out, lse) if return_lse else out
+
+
+def varlen_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    attend: Callable[..., Any] = scaled_dot_product_attention,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attend` for each of the packed sequences, and zeros for rows behind the last.
+
+    q ``[total_q, H, D]``, k ``[total_k, G, D]``, v ``[total_k, G, Dv]``, cu_seqlens ``[B + 1]``;
+    attn_mask broadcastable to ``[B, H, S, T]``, of which a sequence has its first rows and columns.
+    """
+    outs, lses = [], []
+    for b in range(len(cu_seqlens_q) - 1):
+        rows, keys = (slice(*cu[b : b + 2].tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
+        operands = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
+        mask = attn_mask
+        if mask is not None:
+            mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+            mask = mask[b % mask.shape[0]][None]
+            mask = mask if mask.shape[2] == 1 else mask[:, :, : operands[0].shape[2]]
+            mask = mask if mask.shape[3] == 1 else mask[..., : operands[1].shape[2]]
+        result = attend(*operands, attn_mask=mask, **options)
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        outs.append(out[0].transpose(0, 1))
+        lses += [] if lse is None else [lse[0]]
+    rest = q.shape[0] - int(cu_seqlens_q[-1])
+    out = torch.cat([*outs, q.new_zeros(rest, q.shape[1], v.shape[2])])
+    if not options.get("return_lse"):
+        return out
+    return out, torch.cat([*lses, q.new_full((q.shape[1], rest), -math.inf)], dim=-1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import reference
-from fused.functional import scaled_dot_product_attention
+from fused.functional import scaled_dot_product_attention, varlen_attention
 from fused.testing.cases.attention import AttentionCase
 from fused.testing.compare import assert_as_accurate_as_stock
 
@@ -21,7 +21,8 @@ def _run(
     function: Callable, tensors: list[Tensor], options: dict, grads_out: list[Tensor]
 ) -> dict[str, Tensor]:
     """Everything that the function gives: results, and gradients of all that may have one."""
-    inputs: dict[str, Tensor] = dict(zip(("query", "key", "value"), tensors, strict=True))
+    operands = ("q", "k", "v") if "cu_seqlens_q" in options else ("query", "key", "value")
+    inputs: dict[str, Tensor] = dict(zip(operands, tensors, strict=True))
     inputs |= {name: x for name, x in options.items() if isinstance(x, Tensor)}
     others = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
     inputs = {name: x.detach() for name, x in inputs.items()}
@@ -48,7 +49,13 @@ def run_reference(
 ) -> dict[str, Tensor]:
     kept = {k: v for k, v in options.items() if k != "enable_gqa"}
     tensors, kept = _cast(tensors, kept, torch.float64)
-    return _run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
+    return _run(_definition(options), tensors, kept, grads_out)
+
+
+def _definition(options: dict) -> Callable:
+    if "cu_seqlens_q" in options:
+        return reference.varlen_attention
+    return reference.scaled_dot_product_attention
 
 
 def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
@@ -60,22 +67,28 @@ def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> 
     dtype = torch.float32 if tensors[0].dtype == torch.float64 else tensors[0].dtype
     mask = options.get("attn_mask")
     tensors, options = _cast(tensors, options, dtype)
-    of_stock = options.keys() <= _STOCK_OPTIONS
+    of_stock = options.keys() - {"cu_seqlens_q", "cu_seqlens_k"} <= _STOCK_OPTIONS
     if of_stock and (mask is None or (mask.dtype == torch.bool and not options["is_causal"])):
+        if "cu_seqlens_q" in options:
+            options = options | {"attend": F.scaled_dot_product_attention}
+            return _run(reference.varlen_attention, tensors, options, grads_out)
         return _run(F.scaled_dot_product_attention, tensors, options, grads_out)
     kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
-    return _run(reference.scaled_dot_product_attention, tensors, kept, grads_out)
+    return _run(_definition(options), tensors, kept, grads_out)
 
 
 def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
-    return _run(scaled_dot_product_attention, tensors, options, grads_out)
+    packed = "cu_seqlens_q" in options
+    function = varlen_attention if packed else scaled_dot_product_attention
+    return _run(function, tensors, options, grads_out)
 
 
 def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
     """Gradients of the output and of its log-sum-exp."""
     generator = torch.Generator().manual_seed(1)
     q, _, v = tensors
-    shapes = [(*q.shape[:-1], v.shape[-1]), q.shape[:-1]]
+    rows = q.shape[:-1] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    shapes = [(*q.shape[:-1], v.shape[-1]), rows]
     return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 

@@ -31,6 +31,9 @@ class AttentionCase:
     alibi: bool = False
     sink: bool = False
     return_lse: bool = False
+    # Queries and keys of each packed sequence, instead of batch, rows and keys.
+    lengths: tuple[tuple[int, int], ...] = ()
+    rest: int = 0  # rows behind the last sequence
 
     def make(
         self, dtype: torch.dtype, device: torch.device | str, seed: int = 0
@@ -42,6 +45,10 @@ class AttentionCase:
 
         def draw(heads: int, length: int, width: int) -> Tensor:
             shape = (self.batch, heads, length, width)
+            if self.lengths:
+                margin = 1 if self.layout == "odd strides" else 0
+                x = torch.randn(length + self.rest, heads, width + 3 * margin, generator=generator)
+                return x.to(device, dtype)[..., margin : margin + width]
             if self.layout == "heads last":  # as an input projection leaves them
                 x = torch.randn(self.batch, length, heads, width, generator=generator)
                 return x.to(device, dtype).transpose(1, 2)
@@ -56,12 +63,16 @@ class AttentionCase:
                 return x.to(device, dtype).expand(shape)
             return torch.randn(shape, generator=generator).to(device, dtype)
 
+        rows, keys = map(sum, zip(*self.lengths)) if self.lengths else (self.rows, self.keys)
         tensors = [
-            draw(self.heads, self.rows, self.head_dim),
-            draw(heads_kv, self.keys, self.head_dim),
-            draw(heads_kv, self.keys, head_dim_v),
+            draw(self.heads, rows, self.head_dim),
+            draw(heads_kv, keys, self.head_dim),
+            draw(heads_kv, keys, head_dim_v),
         ]
         options: dict[str, Any] = {"is_causal": self.is_causal, "scale": self.scale}
+        for name, lengths in zip(("cu_seqlens_q", "cu_seqlens_k"), zip(*self.lengths)):
+            ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            options[name] = ends.to(device)
         if heads_kv != self.heads:
             options["enable_gqa"] = True
         for name in ("causal_alignment", "window", "softcap", "return_lse"):
@@ -81,7 +92,10 @@ class AttentionCase:
     ) -> Tensor:
         assert self.mask is not None
         kind, _, shape_text = self.mask.partition(" ")
-        letters = {"B": self.batch, "H": self.heads, "S": self.rows, "T": self.keys, "1": 1}
+        batch, rows, keys = self.batch, self.rows, self.keys
+        if self.lengths:
+            batch, (rows, keys) = len(self.lengths), map(max, zip(*self.lengths))
+        letters = {"B": batch, "H": self.heads, "S": rows, "T": keys, "1": 1}
         shape = [letters[letter] for letter in shape_text.strip("[]").split(", ")]
         noise = torch.randn(shape, generator=generator).to(device)
         if kind == "bool":
@@ -206,4 +220,43 @@ CASES = [
     AttentionCase("no rows", rows=0),
     AttentionCase("no keys", keys=0),
     AttentionCase("no keys, sink", keys=0, sink=True, alibi=True, mask="additive [S, 1]"),
+]
+
+RAGGED = ((5, 7), (0, 3), (66, 35), (1, 1), (4, 0), (33, 99))
+
+VARLEN_CASES = [
+    AttentionCase("packed", lengths=((5, 7), (3, 9))),
+    AttentionCase("packed one", heads=1, lengths=((1, 1),), head_dim=1),
+    AttentionCase("ragged", lengths=RAGGED),
+    AttentionCase("ragged, rest", lengths=RAGGED, rest=35, return_lse=True),
+    AttentionCase("ragged, odd strides", lengths=RAGGED, layout="odd strides", head_dim_v=70),
+    AttentionCase("many short", lengths=((2, 3),) * 35, heads=1),
+    AttentionCase("ends on tiles", heads=1, lengths=((64, 32), (96, 64), (32, 96))),
+    AttentionCase("packed causal", lengths=RAGGED, is_causal=True),
+    AttentionCase("packed bottom right", lengths=RAGGED, is_causal=True, causal_alignment=LAST),
+    AttentionCase("packed window", lengths=RAGGED, window=(9, 4)),
+    AttentionCase("packed groups", heads=4, heads_kv=2, lengths=RAGGED),
+    AttentionCase("packed sink", lengths=RAGGED, sink=True, rest=3),
+    AttentionCase("packed alibi", lengths=RAGGED, alibi=True, return_lse=True),
+    AttentionCase("packed bool [B, 1, S, T]", lengths=RAGGED, mask="bool [B, 1, S, T]"),
+    AttentionCase("packed bool [B, 1, 1, T]", lengths=RAGGED, mask="bool [B, 1, 1, T]"),
+    AttentionCase("packed additive [H, S, T]", lengths=RAGGED, mask="additive [H, S, T]"),
+    AttentionCase("packed additive [B, H, S, 1]", lengths=RAGGED, mask="additive [B, H, S, 1]"),
+    AttentionCase(
+        "packed everything",
+        heads=4,
+        heads_kv=2,
+        lengths=RAGGED,
+        rest=5,
+        head_dim=12,
+        head_dim_v=20,
+        mask="additive [B, 1, S, T]",
+        is_causal=True,
+        window=(40, 9),
+        causal_alignment=LAST,
+        softcap=1.5,
+        alibi=True,
+        sink=True,
+        return_lse=True,
+    ),
 ]

@@ -1,0 +1,58 @@
+// What the glue of all attention functions shares: the op's options, checked, as the kernels read
+// them, and tensors in the layouts that they write.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+#include "attention/attention.h"
+#include "common/checks.h"
+
+namespace fused {
+namespace attention_glue {
+
+inline constexpr const char* kOp = "attention";
+
+// The op's options as they come.
+struct Options {
+  const std::optional<at::Tensor>&attn_mask, &alibi_slopes, &sink, &rng, &cu_seqlens_q,
+      &cu_seqlens_k;
+  double dropout_p;
+  bool is_causal;
+  std::optional<double> scale;
+  double softcap;
+  int64_t window_left, window_right;
+};
+
+// The sizes of [batch, heads, length, width], or of packed [length, heads, width].
+struct Sizes {
+  int64_t batch, heads, length, width;
+};
+Sizes sizes_of(const at::Tensor& tensor);
+HeadStrides head_strides(const at::Tensor& tensor);
+
+// Kernels ask for a contiguous last dimension and take any other stride.
+at::Tensor with_contiguous_rows(const at::Tensor& tensor);
+
+// Like `tensor`, with rows of `width`, laid out as [batch, length, heads, width]: what the layer
+// after an attention reads in order. Not a view, which nobody could change in place once it has a
+// derivative.
+at::Tensor empty_heads(const at::Tensor& tensor, int64_t width);
+
+// The shape of one value, or of `values`, for each row of q: [B, H, S], or packed [H, S].
+std::vector<int64_t> rows_shape(const at::Tensor& q, std::optional<int64_t> values = std::nullopt);
+
+// float32, or float64 for float64.
+at::ScalarType compute_dtype(const at::Tensor& q);
+void check_compute_dtype(const char* argument, const at::Tensor& tensor, const at::Tensor& q);
+
+// q, k and v as the op takes them, before anything else is looked at.
+void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool packed);
+
+// Fills what the forward and the backward pass share. The tensors outlive the params.
+void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
+                  const at::Tensor& v, const Options& options);
+
+}  // namespace attention_glue
+}  // namespace fused
