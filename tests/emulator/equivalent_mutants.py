@@ -41,12 +41,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         FORWARD,
         "< to <=",
-        "row < p.seqlen_q && column < p.seqlen_k",
+        "row < sequence.seqlen_q && column < sequence.seqlen_k",
     ): "the row behind the last is computed from zeros and never stored",
     (
         FORWARD,
         "< to <=",
-        "if (p.maybe_rng != nullptr && row < p.seqlen_q && column < p.seqlen_k) {",
+        "if (p.maybe_rng != nullptr && row < sequence.seqlen_q && column < sequence.seqlen_k) {",
     ): "the row behind the last is never stored",
     (
         FORWARD,

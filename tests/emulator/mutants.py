@@ -45,7 +45,11 @@ TIMEOUT = 300  # seconds, building apart; an endless loop is a mutant noticed
 # The tests that answer for a file or else its folder, those first that notice most; csrc/common is
 # met by its users'.
 TESTS = {
-    "attention": ["tests/test_attention.py", "tests/test_attention_options.py"],
+    "attention": [
+        "tests/test_attention.py",
+        "tests/test_attention_options.py",
+        "tests/test_attention_varlen.py",
+    ],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
     "optim": [
