@@ -47,6 +47,7 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
 #include "attention/attention_cpu_tile.inl"
 #include "attention/attention_cpu_score.inl"
 #include "attention/attention_cpu_forward.inl"
+#include "attention/attention_cpu_decode.inl"
 #include "attention/attention_cpu_weights.inl"
 #include "attention/attention_cpu_backward.inl"
 #include "attention/attention_cpu_score_gradient.inl"
@@ -54,6 +55,10 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
 
 template <typename T>
 static Status attention_forward_of(const AttentionForwardParams& p) {
+  if (p.seqlen_q <= kFewQueries && p.maybe_cu_seqlens_q == nullptr) {
+    decode<T>(p);
+    return nullptr;
+  }
   const int64_t heads = int64_t{p.batch} * p.num_heads;
   const int32_t tiles = tiles_of_task(heads * num_tiles<Accumulator<T>>(p.seqlen_q));
   parallel_for(0, num_tasks(p, true, tiles * kOwnRows<Accumulator<T>>), 1,

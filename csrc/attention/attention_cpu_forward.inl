@@ -37,14 +37,14 @@ static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max,
       new_max[v] = of_key[v] > new_max[v] ? of_key[v] : new_max[v];
     }
   }
-  bool changed = false;
+  decltype(new_max[0] != new_max[0]) moved{};
   for (int32_t v = 0; v < kVectors; ++v) {
     // A row without a key so far has no maximum: anything finite will do, its weights are 0.
     shift[v] = new_max[v] == kHiddenScore<A> ? Vector{} : new_max[v];
     factor[v] = softmax_exp(maxima[v] - shift[v]);
     maxima[v] = new_max[v];
     new_sum[v] = sums[v] * factor[v];
-    for (int32_t i = 0; i < kLanes<A>; ++i) changed |= factor[v][i] != 1;
+    moved |= factor[v] != 1;
   }
   for (int32_t j = 0; j < other_rows; ++j) {
     Vector* of_key = reinterpret_cast<Vector*>(scores + j * kOwnRows<A>);
@@ -55,6 +55,8 @@ static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max,
     }
   }
   for (int32_t v = 0; v < kVectors; ++v) sums[v] = new_sum[v];
+  bool changed = false;
+  for (int32_t i = 0; i < kLanes<A>; ++i) changed |= moved[i] != 0;
   if (!changed) return;
   for (int32_t d = 0; d < columns; ++d) {
     Vector* of_column = reinterpret_cast<Vector*>(result + d * kOwnRows<A>);
@@ -92,7 +94,7 @@ static void finish_tile(const AttentionForwardParams& p, const Sequence& sequenc
 
 // Tiles of queries that a task takes over the keys together, to read and pack those once: as many
 // as leave a few tasks for each thread. No row's result depends on it.
-constexpr int32_t kTilesOfTask = 4;
+constexpr int32_t kTilesOfTask = 8;
 static inline int32_t tiles_of_task(int64_t all_tiles) {
   return static_cast<int32_t>(
       std::clamp<int64_t>(all_tiles / (4 * num_threads()), 1, kTilesOfTask));

@@ -102,7 +102,8 @@ template <typename T, typename E>
 static TileRows<E> over_rows(const HeadMatrix<T>& matrix, int32_t row, int32_t rows, E* buffer) {
   const int64_t stride = padded<E>(matrix.columns);
   if constexpr (std::is_same_v<T, E>) {
-    if (matrix.row_stride == stride) return {matrix.row(row), stride};
+    const bool whole = matrix.columns == stride;  // rows that may be read in whole vectors
+    if (whole && matrix.row_stride == stride) return {matrix.row(row), stride};
   }
   for (int32_t j = 0; j < rows; ++j) {
     copy_row(matrix.row(row + j), matrix.columns, stride, buffer + j * stride);

@@ -1,0 +1,138 @@
+"""What is the CPU kernels' own: their tiles and chunks, who works on them, and their memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused.functional import scaled_dot_product_attention
+from fused.testing.attention import assert_case, draw_grads, run_fused
+from fused.testing.cases.attention import AttentionCase
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+
+GROUPED = AttentionCase(
+    "grouped", batch=1, heads=4, heads_kv=2, rows=150, keys=201, head_dim=20, head_dim_v=33,
+    is_causal=True, window=(90, 40), causal_alignment="bottom_right", mask="additive [S, T]",
+)  # fmt: skip
+FEW_ROWS = AttentionCase(
+    "few rows", heads=4, heads_kv=2, rows=3, keys=600, head_dim=20, head_dim_v=70,
+    mask="bool [B, 1, 1, T]", window=(500, 7), softcap=3.0, alibi=True, sink=True, return_lse=True,
+)  # fmt: skip
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def by_name(case: object) -> str:
+    return case.name if isinstance(case, AttentionCase) else str(case).removeprefix("torch.")
+
+
+# More threads than heads split a head's backward pass, and split the masks' too.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=by_name)
+@pytest.mark.parametrize("case", [GROUPED, FEW_ROWS], ids=by_name)
+def test_the_same_bits_with_any_number_of_threads(
+    case: AttentionCase, dtype: torch.dtype, threads: None
+) -> None:
+    tensors, options = case.make(dtype, CPU)
+    grads_out = draw_grads(tensors)
+    torch.set_num_threads(1)
+    first = run_fused(tensors, options, grads_out)
+    for count in (2, 3, 8):
+        torch.set_num_threads(count)
+        for name, other in run_fused(tensors, options, grads_out).items():
+            assert torch.equal(first[name], other), (count, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+@pytest.mark.parametrize("count", [1, 8])
+def test_a_head_at_a_time_and_in_parts(count: int, dtype: torch.dtype, threads: None) -> None:
+    torch.set_num_threads(count)
+    assert_case(GROUPED, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+@pytest.mark.parametrize("keys", [255, 256, 257, 530])
+def test_a_new_token_over_chunks_of_keys(keys: int, dtype: torch.dtype) -> None:
+    assert_case(AttentionCase("token", rows=1, keys=keys, head_dim=20), dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+def test_a_few_tokens_with_every_option(dtype: torch.dtype) -> None:
+    assert_case(FEW_ROWS, dtype, CPU)
+
+
+def test_a_token_does_not_depend_on_its_batch() -> None:
+    tensors, options = dataclasses.replace(FEW_ROWS, mask=None).make(torch.float32, CPU)
+    together, _ = scaled_dot_product_attention(*tensors, **options)
+    alone, _ = scaled_dot_product_attention(*(t[1:] for t in tensors), **options)
+    assert torch.equal(together[1:], alone)
+
+
+def test_a_token_sees_nan_and_infinity_of_its_own_head() -> None:
+    q, k, v = AttentionCase("token", heads=3, rows=2, keys=530).make(torch.float32, CPU)[0]
+    k[0, 1, 300], v[1, 2, 520, 0] = torch.nan, torch.inf
+    out = scaled_dot_product_attention(q, k, v)
+    expected = torch.zeros_like(out, dtype=torch.bool)
+    expected[0, 1] = expected[1, 2, :, 0] = True
+    assert torch.equal(~out.isfinite(), expected)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("columns_first", [False, True])
+def test_masks_as_they_lie(kind: str, columns_first: bool) -> None:
+    """Contiguous along the keys or along the queries, beyond a tile in either."""
+    case = AttentionCase("mask", heads=1, rows=150, keys=137, mask=f"{kind} [S, T]")
+    tensors, options = case.make(torch.float32, CPU)
+    mask = options.pop("attn_mask")
+    grads_out = draw_grads(tensors)
+    plain = run_fused(tensors, {**options, "attn_mask": mask}, grads_out)
+    lying = mask.t().contiguous().t() if columns_first else mask.expand(2, 1, -1, -1)
+    other = run_fused(tensors, {**options, "attn_mask": lying}, grads_out)
+    for name in ("out", "grad of query", "grad of key", "grad of value"):
+        assert torch.equal(plain[name], other[name]), name
+    assert_case(case, torch.float32, CPU)
+
+
+def peak_memory() -> int:
+    """Bytes that the process held at most since the last reset_peak_memory()."""
+    status = Path("/proc/self/status").read_text()
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    assert match is not None
+    return 1024 * int(match[1])
+
+
+def reset_peak_memory() -> int:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not reset the peak of a process's memory")
+    return peak_memory()
+
+
+def test_memory_grows_with_the_length_alone() -> None:
+    """32,768 tokens with backward, in what docs/attention.md says; their scores would take 4 GB."""
+    length, head_dim = 32768, 8
+
+    def attend(rows: int) -> int:
+        """Bytes at the peak beyond the arguments and the results."""
+        q, k, v = (torch.randn(1, 1, rows, head_dim, requires_grad=True) for _ in range(3))
+        grad_out = torch.randn_like(q)
+        before = reset_peak_memory()
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, window=(256, 0))
+        results = [out, *torch.autograd.grad(out, [q, k, v], grad_out)]
+        return peak_memory() - before - sum(x.nbytes for x in results)
+
+    attend(64)  # what the first call of all allocates stays
+    per_row = 4 * (4 + 16)  # four numbers, and a row of grad_q with whole vectors
+    assert attend(length) < per_row * length + (8 << 20)
