@@ -26,6 +26,11 @@ FEW_ROWS = AttentionCase(
     mask="bool [B, 1, 1, T]", window=(500, 7), softcap=3.0, alibi=True, sink=True, return_lse=True,
 )  # fmt: skip
 
+PACKED_TOKENS = AttentionCase(
+    "packed tokens", heads=4, heads_kv=2, lengths=((1, 700), (4, 300), (0, 5), (70, 90), (3, 0)),
+    rest=2, is_causal=True, causal_alignment="bottom_right", return_lse=True,
+)  # fmt: skip
+
 
 @pytest.fixture
 def threads() -> Iterator[None]:
@@ -40,7 +45,7 @@ def by_name(case: object) -> str:
 
 # More threads than heads split a head's backward pass, and split the masks' too.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=by_name)
-@pytest.mark.parametrize("case", [GROUPED, FEW_ROWS], ids=by_name)
+@pytest.mark.parametrize("case", [GROUPED, FEW_ROWS, PACKED_TOKENS], ids=by_name)
 def test_the_same_bits_with_any_number_of_threads(
     case: AttentionCase, dtype: torch.dtype, threads: None
 ) -> None:
@@ -68,8 +73,9 @@ def test_a_new_token_over_chunks_of_keys(keys: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
-def test_a_few_tokens_with_every_option(dtype: torch.dtype) -> None:
-    assert_case(FEW_ROWS, dtype, CPU)
+@pytest.mark.parametrize("case", [FEW_ROWS, PACKED_TOKENS], ids=by_name)
+def test_a_few_tokens(case: AttentionCase, dtype: torch.dtype) -> None:
+    assert_case(case, dtype, CPU)
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:

@@ -41,6 +41,12 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
   return {tile.sequence, static_cast<int32_t>(task / slots % heads), tile.row};
 }
 
+// Sequences of so few queries have a forward pass of their own.
+constexpr int32_t kFewQueries = 4;
+static inline bool has_few_queries(const Sequence& sequence) {
+  return sequence.seqlen_q <= kFewQueries;
+}
+
 // clang-format off: each needs those above it
 #include "attention/attention_cpu_transpose.inl"
 #include "attention/attention_cpu_operand.inl"
@@ -55,10 +61,10 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
 
 template <typename T>
 static Status attention_forward_of(const AttentionForwardParams& p) {
-  if (p.seqlen_q <= kFewQueries && p.maybe_cu_seqlens_q == nullptr) {
-    decode<T>(p);
-    return nullptr;
-  }
+  // Packed sequences may be of either kind.
+  const bool packed = p.maybe_cu_seqlens_q != nullptr;
+  if (packed || p.seqlen_q <= kFewQueries) decode<T>(p);
+  if (!packed && p.seqlen_q <= kFewQueries) return nullptr;
   const int64_t heads = int64_t{p.batch} * p.num_heads;
   const int32_t tiles = tiles_of_task(heads * num_tiles<Accumulator<T>>(p.seqlen_q));
   parallel_for(0, num_tasks(p, true, tiles * kOwnRows<Accumulator<T>>), 1,

@@ -1,11 +1,10 @@
-// Attention forward on the CPU for a query or a few: bound by the reading of keys and values, which
-// come from memory once, in whole vectors along a row. Part of attention_cpu.inl.
+// Attention forward on the CPU for sequences of a query or a few: bound by the reading of keys and
+// values, which come from memory once, in whole vectors along a row. Part of attention_cpu.inl.
 //
 // A task is a chunk of keys of a head, of a size of its own, whatever the number of threads: one
 // sequence fills the machine, and its result is the same in any batch. What the chunks give is then
 // put together in their order.
 
-constexpr int32_t kFewQueries = 4;
 constexpr int32_t kChunk = 256;
 
 // A whole vector of a row, or `count` elements of one and zeros behind.
@@ -178,41 +177,51 @@ static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequen
       query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head) + row * p.out_strides.row);
 }
 
+// The first of a sequence's chunks among those of all in one head of a batch row.
+static inline int64_t first_chunk(const AttentionProblem& p, const Sequence& sequence) {
+  if (p.maybe_cu_seqlens_k == nullptr) return 0;
+  return first_slot(p.maybe_cu_seqlens_k, sequence.index, kChunk);
+}
+
 template <typename T>
 static void decode(const AttentionForwardParams& p) {
   using A = Accumulator<T>;
   const int64_t heads = int64_t{p.batch} * p.num_heads;
-  const int32_t chunks = (p.seqlen_k + kChunk - 1) / kChunk;
-  const int64_t size = partial_size<A>(p);
-  const Scratch<A> partials(heads * p.seqlen_q * chunks * size);
-  const auto partial = [&](int64_t head_of_all, int32_t row, int32_t chunk) {
-    return partials.data() + ((head_of_all * p.seqlen_q + row) * chunks + chunk) * size;
-  };
+  const int64_t chunks = num_tile_slots(p, false, kChunk);
+  const int64_t size = partial_size<A>(p), chunk_size = kFewQueries * size;
+  const Scratch<A> partials(heads * chunks * chunk_size);
   parallel_for(0, heads * chunks, 1, [&](int64_t begin, int64_t end) {
     alignas(64) A q[kMaxHeadDim];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head_of_all = task / chunks;
-      const int32_t chunk = static_cast<int32_t>(task % chunks);
       const int32_t head = static_cast<int32_t>(head_of_all % p.num_heads);
-      const Sequence sequence = sequence_of(p, static_cast<int32_t>(head_of_all / p.num_heads));
+      const auto [sequence, key] =
+          own_tile(p, false, static_cast<int32_t>(head_of_all / p.num_heads),
+                   static_cast<int32_t>(task % chunks), kChunk);
+      if (!has_few_queries(sequence) || key >= sequence.seqlen_k) continue;
       const Band band = visible_band(p, sequence);
-      for (int32_t row = 0; row < p.seqlen_q; ++row) {
+      for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
         const Range seen = keys_seen_by(sequence, band, row, row);
-        const Range keys{std::max(seen.begin, chunk * kChunk),
-                         std::min(seen.end, (chunk + 1) * kChunk)};
-        decode_chunk<T>(p, sequence, band, head, row, keys, q, partial(head_of_all, row, chunk));
+        const Range keys{std::max(seen.begin, key), std::min(seen.end, key + kChunk)};
+        decode_chunk<T>(p, sequence, band, head, row, keys, q,
+                        partials.data() + task * chunk_size + row * size);
       }
     }
   });
+  const int64_t sequences = p.num_sequences + (p.maybe_cu_seqlens_q != nullptr);
   // A thread is worth waking for some ten thousand elements.
-  const int64_t grain = 1 + 16384 / (p.seqlen_q * (chunks + 1) * size);
-  parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
+  const int64_t grain = 1 + 16384 * sequences / ((chunks + 1) * p.batch * size);
+  parallel_for(0, sequences * p.num_heads, grain, [&](int64_t begin, int64_t end) {
     alignas(64) A result[kMaxHeadDim];
-    for (int64_t head_of_all = begin; head_of_all < end; ++head_of_all) {
-      const Sequence sequence = sequence_of(p, static_cast<int32_t>(head_of_all / p.num_heads));
-      for (int32_t row = 0; row < p.seqlen_q; ++row) {
-        merge_chunks<T>(p, sequence, static_cast<int32_t>(head_of_all % p.num_heads), row,
-                        partial(head_of_all, row, 0), size, chunks, result);
+    for (int64_t task = begin; task < end; ++task) {
+      const int32_t head = static_cast<int32_t>(task % p.num_heads);
+      const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads));
+      if (!has_few_queries(sequence)) continue;
+      const int64_t first =
+          (int64_t{sequence.batch} * p.num_heads + head) * chunks + first_chunk(p, sequence);
+      for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
+        merge_chunks<T>(p, sequence, head, row, partials.data() + first * chunk_size + row * size,
+                        chunk_size, (sequence.seqlen_k + kChunk - 1) / kChunk, result);
       }
     }
   });

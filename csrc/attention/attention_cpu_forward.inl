@@ -117,7 +117,7 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
 
   for (int64_t task = begin; task < end; ++task) {
     const auto [sequence, head, first_row] = task_place(p, true, task_rows, task);
-    if (first_row >= sequence.seqlen_q) continue;
+    if (first_row >= sequence.seqlen_q || has_few_queries(sequence)) continue;
     const Band band = visible_band(p, sequence);
     const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
     const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head / group, p.head_dim);
