@@ -40,30 +40,23 @@ static void add_tile(const AttentionProblem& p, const Band& band, const TilePlac
   }
 }
 
-// Writes rows by columns of sums, summed over the dimensions that the gradient does not have.
+// Writes rows by columns of sums, summed over the dimensions that the gradient does not have. In
+// double: a sum over many pairs is far smaller than its terms.
 template <typename A>
-static void store_sums(const ScoreGradient& gradient, A* sums, int32_t rows, int32_t columns,
+static void store_sums(const ScoreGradient& gradient, const A* sums, int32_t rows, int32_t columns,
                        A* target) {
   constexpr int32_t kRows = kOwnRows<A>;
-  if (gradient.row_stride == 0) {
-    for (int32_t j = 0; j < columns; ++j) {
-      A sum = 0;
-#pragma omp simd reduction(+ : sum)
-      for (int32_t i = 0; i < rows; ++i) sum += sums[j * kRows + i];
-      sums[j * kRows] = sum;
-    }
-    rows = 1;
-  }
-  if (gradient.column_stride == 0) {
-    for (int32_t j = 1; j < columns; ++j) {
+  const bool over_rows = gradient.row_stride == 0, over_columns = gradient.column_stride == 0;
+  for (int32_t j = 0; j < (over_columns ? 1 : columns); ++j) {
+    double total[kRows] = {};
+    for (int32_t from = j; from < (over_columns ? columns : j + 1); ++from) {
 #pragma omp simd
-      for (int32_t i = 0; i < rows; ++i) sums[i] += sums[j * kRows + i];
+      for (int32_t i = 0; i < rows; ++i) total[i] += static_cast<double>(sums[from * kRows + i]);
     }
-    columns = 1;
-  }
-  for (int32_t i = 0; i < rows; ++i) {
-    for (int32_t j = 0; j < columns; ++j) {
-      target[i * gradient.row_stride + j * gradient.column_stride] = sums[j * kRows + i];
+    for (int32_t i = 1; over_rows && i < rows; ++i) total[0] += total[i];
+    A* column = target + j * gradient.column_stride;
+    for (int32_t i = 0; i < (over_rows ? 1 : rows); ++i) {
+      column[i * gradient.row_stride] = static_cast<A>(total[i]);
     }
   }
 }
