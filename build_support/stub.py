@@ -26,8 +26,8 @@ from torch import Tensor, dtype
 SHORTER = {
     r"torch\.Tensor": "Tensor",
     r"torch\.dtype": "dtype",
-    r"typing\.SupportsFloat \| typing\.SupportsIndex": "float",
-    r"typing\.SupportsInt \| typing\.SupportsIndex": "int",
+    r"typing\.SupportsFloat( \| typing\.SupportsIndex)?": "float",  # torch 2.10 has it shorter
+    r"typing\.SupportsInt( \| typing\.SupportsIndex)?": "int",
     r"typing\.Annotated\[(.*?), \"FixedSize\(\d+\)\"\]": r"\1",
     r"collections\.abc\.Sequence": "Sequence",
     r"fused\._C\.": "",
