@@ -21,6 +21,9 @@ GROUPED = AttentionCase(
     "grouped", batch=1, heads=4, heads_kv=2, rows=150, keys=201, head_dim=20, head_dim_v=33,
     is_causal=True, window=(90, 40), causal_alignment="bottom_right", mask="additive [S, T]",
 )  # fmt: skip
+WINDOWED = AttentionCase(
+    "windowed", batch=1, heads=1, rows=300, keys=320, head_dim=9, window=(40, 10)
+)
 FEW_ROWS = AttentionCase(
     "few rows", heads=4, heads_kv=2, rows=3, keys=600, head_dim=20, head_dim_v=70,
     mask="bool [B, 1, 1, T]", window=(500, 7), softcap=3.0, alibi=True, sink=True, return_lse=True,
@@ -45,7 +48,7 @@ def by_name(case: object) -> str:
 
 # More threads than heads split a head's backward pass, and split the masks' too.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=by_name)
-@pytest.mark.parametrize("case", [GROUPED, FEW_ROWS, PACKED_TOKENS], ids=by_name)
+@pytest.mark.parametrize("case", [GROUPED, WINDOWED, FEW_ROWS, PACKED_TOKENS], ids=by_name)
 def test_the_same_bits_with_any_number_of_threads(
     case: AttentionCase, dtype: torch.dtype, threads: None
 ) -> None:
@@ -95,15 +98,19 @@ def test_a_token_sees_nan_and_infinity_of_its_own_head() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])
-@pytest.mark.parametrize("columns_first", [False, True])
-def test_masks_as_they_lie(kind: str, columns_first: bool) -> None:
-    """Contiguous along the keys or along the queries, beyond a tile in either."""
+@pytest.mark.parametrize("layout", ["expanded", "columns first", "every other column"])
+def test_masks_as_they_lie(kind: str, layout: str) -> None:
+    """Contiguous along the keys, along the queries or along neither, beyond a tile in either."""
     case = AttentionCase("mask", heads=1, rows=150, keys=137, mask=f"{kind} [S, T]")
     tensors, options = case.make(torch.float32, CPU)
     mask = options.pop("attn_mask")
     grads_out = draw_grads(tensors)
     plain = run_fused(tensors, {**options, "attn_mask": mask}, grads_out)
-    lying = mask.t().contiguous().t() if columns_first else mask.expand(2, 1, -1, -1)
+    lying = {
+        "expanded": mask.expand(2, 1, -1, -1),
+        "columns first": mask.t().contiguous().t(),
+        "every other column": mask.repeat_interleave(2, 1)[:, ::2],
+    }[layout]
     other = run_fused(tensors, {**options, "attn_mask": lying}, grads_out)
     for name in ("out", "grad of query", "grad of key", "grad of value"):
         assert torch.equal(plain[name], other[name]), name

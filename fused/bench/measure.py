@@ -62,6 +62,7 @@ def run_case(case: Case, device: torch.device, seconds: float, *, compiled: bool
     runs = {name: case.prepare(name, device) for name in ("stock", "fused")}
     failed: dict[Contender, str] = {}
     if compiled:
+        torch.compiler.reset()  # after some shapes of one function the compiler gives up on it
         run = case.prepare("compiled", device)
         try:
             run()
