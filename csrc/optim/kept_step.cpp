@@ -9,6 +9,11 @@
 #include "common/checks.h"
 
 namespace fused {
+namespace {
+
+constexpr size_t kAhead = 10;
+
+}  // namespace
 
 void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> batches,
                         const StepOptions& options) {
@@ -26,8 +31,8 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
     OptimTensor& t = *kept[i];
     numel_ += t.numel;
     host_counts_ |= t.maybe_step != nullptr && !t.step_on_device;
-    see(tensors.params[i], &t.param, /*is_written=*/true);
-    see(tensors.grads[i], &t.grad, options.writes_grads());
+    see(tensors.params[i], &t.param, /*is_written=*/true, /*must_be_apart=*/true);
+    see(tensors.grads[i], &t.grad, options.writes_grads(), /*must_be_apart=*/zero_grad_);
     see_in(tensors.steps, i, &t.maybe_step);
     for (const auto k : c10::irange(kMaxStates)) {
       see_in(tensors.states[k], i, &t.states[k]);
@@ -38,10 +43,10 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
   }
 }
 
-void KeptStep::see(const at::Tensor& tensor, void* slot, bool is_written) {
+void KeptStep::see(const at::Tensor& tensor, void* slot, bool is_written, bool must_be_apart) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   seen_.push_back({impl, impl->mutable_data(), slot, impl->key_set(), impl->dtype(), impl->device(),
-                   is_written, static_cast<uint32_t>(shapes_.size())});
+                   is_written, must_be_apart, static_cast<uint32_t>(shapes_.size())});
   shapes_.push_back(tensor.dim());
   shapes_.insert(shapes_.end(), tensor.sizes().begin(), tensor.sizes().end());
   shapes_.insert(shapes_.end(), tensor.strides().begin(), tensor.strides().end());
@@ -61,6 +66,13 @@ bool KeptStep::is_alike(const Seen& seen, const c10::TensorImpl& impl) const {
 
 bool KeptStep::next_is(const at::Tensor& tensor) {
   if (position_ == seen_.size() || !tensor.defined()) return false;
+  // Tensors lie scattered: what the one after some others needs is asked for now.
+  if (position_ + kAhead < seen_.size()) {
+    const char* next = reinterpret_cast<const char*>(seen_[position_ + kAhead].impl);
+    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
+      __builtin_prefetch(next + line);
+    }
+  }
   Seen& seen = seen_[position_];
   seen.impl = tensor.unsafeGetTensorImpl();
   if (!is_alike(seen, *seen.impl)) return false;
@@ -68,7 +80,7 @@ bool KeptStep::next_is(const at::Tensor& tensor) {
   if (data != seen.data) {
     seen.data = data;
     memcpy(seen.slot, &data, sizeof(data));
-    moved_ = true;
+    may_share_memory_ |= seen.must_be_apart;
   }
   ++position_;
   return true;
@@ -76,8 +88,8 @@ bool KeptStep::next_is(const at::Tensor& tensor) {
 
 bool KeptStep::end_walk() {
   if (seen_.empty() || position_ != seen_.size()) return false;
-  if (moved_ && shares_memory()) return false;
-  moved_ = false;
+  if (may_share_memory_ && shares_memory()) return false;
+  may_share_memory_ = false;
   return true;
 }
 

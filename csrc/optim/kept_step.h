@@ -51,10 +51,11 @@ class FUSED_API KeptStep {
     caffe2::TypeMeta dtype;
     c10::Device device;
     bool is_written;
-    uint32_t shape;  // where its sizes and strides are in shapes_
+    bool must_be_apart;  // may share no memory with others of its kind
+    uint32_t shape;      // where its sizes and strides are in shapes_
   };
 
-  void see(const at::Tensor& tensor, void* slot, bool is_written);
+  void see(const at::Tensor& tensor, void* slot, bool is_written, bool must_be_apart = false);
   bool is_alike(const Seen& seen, const c10::TensorImpl& impl) const;
   bool shares_memory() const;
 
@@ -63,7 +64,8 @@ class FUSED_API KeptStep {
   std::vector<int64_t> shapes_;  // for each tensor its number of dimensions, sizes and strides
   size_t position_ = 0;
   int64_t numel_ = 0;
-  bool host_counts_ = false, zero_grad_ = false, moved_ = false;
+  bool host_counts_ = false, zero_grad_ = false;
+  bool may_share_memory_ = false;  // something moved since it was last found not to
 };
 
 }  // namespace fused

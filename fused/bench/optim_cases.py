@@ -16,6 +16,7 @@ F32 = torch.float32
 
 _LARGE = (16, (1024, 1024))  # 17 million parameters in 16 tensors
 _SMALL = (500, (256,))  # tensors that are mostly overhead
+_SINGLE = (2000, (1,))  # nothing but overhead: what a step costs the host
 
 _MAX_NORM = 1.0
 
@@ -29,6 +30,7 @@ def optim_cases() -> Iterator[Case]:
     for stock in stocks:
         yield step_case("AdamW", _LARGE, stock)
         yield step_case("AdamW", _SMALL, stock, quick=True)
+    yield step_case("AdamW", _SINGLE, "fused")
     yield step_case("Adam", _LARGE, "fused", weight_decay=0.01)
     yield step_case("Adam", _SMALL, "fused", weight_decay=0.01)
     yield step_case("SGD", _LARGE, "fused", momentum=0.9)
