@@ -72,6 +72,23 @@ def attention_forward(
     window_left: int,
     window_right: int,
 ) -> tuple[Tensor, Tensor, Tensor]: ...
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    block_table: Tensor | None,
+    attn_mask: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sink: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float,
+    window_left: int,
+    window_right: int,
+) -> tuple[Tensor, Tensor]: ...
 def autocast_cast(arg0: Tensor, arg1: dtype) -> Tensor: ...
 def clip_by_norm_(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None: ...
 def conv_backward(

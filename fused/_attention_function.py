@@ -84,7 +84,7 @@ def _gradients(
     return (*grads, *[None] * len(options[3:]))
 
 
-def _empty_heads(like: Tensor, width: int) -> Tensor:
+def empty_heads(like: Tensor, width: int) -> Tensor:
     """Like [B, H, S, D], laid out as [B, S, H, width], or like packed [S, H, D]."""
     if like.dim() == 3:
         return like.new_empty(*like.shape[:-1], width)
@@ -98,7 +98,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_empty(rows, dtype=dtype)
-    return _empty_heads(q, v.shape[-1]), lse, lse.new_empty(2, *rows)
+    return empty_heads(q, v.shape[-1]), lse, lse.new_empty(2, *rows)
 
 
 @torch.library.register_fake("fused::attention_backward")
@@ -106,7 +106,7 @@ def _(grad_out: Tensor, grad_lse: Tensor | None, *inputs: Any) -> tuple[Tensor, 
     q, k, v, _, stats, mask, slopes, sink, *_, needs = inputs
     needs_kv = needs[1] or needs[2]
     grads = [
-        _empty_heads(t, t.shape[-1]) if needed else t.new_empty(0)
+        empty_heads(t, t.shape[-1]) if needed else t.new_empty(0)
         for t, needed in zip((q, k, v), (needs[0], needs_kv, needs_kv))
     ]
     for t, needed in zip((mask, slopes, sink), needs[3:]):

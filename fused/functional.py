@@ -5,12 +5,14 @@ Each runs a CUDA kernel, a C++ kernel for the CPU, or, for what no kernel covers
 """
 
 from fused._attention import scaled_dot_product_attention
+from fused._attention_cache import attention_with_kv_cache
 from fused._attention_composite import merge_attention
 from fused._attention_varlen import varlen_attention
 from fused._conv import conv1d, conv2d, conv3d
 from fused._lstm import lstm_cell
 
 __all__ = [
+    "attention_with_kv_cache",
     "conv1d",
     "conv2d",
     "conv3d",

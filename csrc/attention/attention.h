@@ -18,6 +18,10 @@
 // and T are the rows of all: sequence b has the queries cu_seqlens_q[b] .. cu_seqlens_q[b + 1] - 1,
 // and keys likewise. Above, S, T, i and j are then its own; attention_sequence.h tells them. Rows
 // behind the last sequence see nothing and give no gradient.
+//
+// A cache has room for T keys and values of each sequence, of which it holds cache_seqlens[b] and
+// num_new_keys; T above is then that. Row j lies in [B, G, T, D], or, of [pages, G, page_size, D],
+// in page block_table[b, j / page_size]. Forward only.
 #pragma once
 
 #include <cstdint>
@@ -62,7 +66,11 @@ struct AttentionProblem {
   const int32_t* maybe_cu_seqlens_q;
   const int32_t* maybe_cu_seqlens_k;
   int32_t batch, num_heads, num_heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v;
-  int32_t num_sequences;              // batch, or how many are packed
+  int32_t num_sequences;  // batch, or how many are packed
+  // Of a cache, on the tensors' device; without them all T keys are there, and side by side.
+  const int32_t* maybe_cache_seqlens;  // [B]
+  const int32_t* maybe_block_table;    // [B, pages_of_sequence]
+  int32_t num_new_keys, page_size, pages_of_sequence;
   int32_t window_left, window_right;  // row i sees the keys around i + T - S; -1: no bound
   uint32_t drop_threshold;  // an element is dropped where its 32 random bits are below this
   double scale;             // multiplies q . k

@@ -107,7 +107,7 @@ static int64_t partial_size(const AttentionProblem& p) {
 template <typename T, typename A = Accumulator<T>>
 static void decode_chunk(const AttentionForwardParams& p, const Sequence& sequence,
                          const Band& band, int32_t head, int32_t row, const Range& keys, A* q,
-                         A* partial) {
+                         T* page_buffer, A* partial) {
   using Vector = typename VectorOf<A>::type;
   A* const max_and_sum = partial + padded<A>(p.head_dim_v);
   max_and_sum[0] = kHiddenScore<A>;
@@ -116,12 +116,12 @@ static void decode_chunk(const AttentionForwardParams& p, const Sequence& sequen
   const int32_t count = keys.end - keys.begin;
   if (count <= 0) return;
   const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
-  const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
-  const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
+  const auto k = cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, keys.begin, count,
+                            page_buffer);
   copy_row(query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim).row(row), p.head_dim,
            padded<A>(p.head_dim), q);
   alignas(64) A weights[kChunk];
-  dots_of_keys(k, keys.begin, count, q, weights);
+  dots_of_keys(k, 0, count, q, weights);
   if (p.softcap == 0 && p.maybe_alibi_slopes == nullptr && p.mask.kind == MaskKind::kNone) {
     for (int32_t j = 0; j < count; ++j) weights[j] *= static_cast<A>(p.scale);
   } else {
@@ -147,7 +147,9 @@ static void decode_chunk(const AttentionForwardParams& p, const Sequence& sequen
   for (int32_t j = 0; p.maybe_rng != nullptr && j < count; ++j) {
     weights[j] *= dropout_scale<A>(p, sequence, head, row, keys.begin + j);
   }
-  weigh_values(v, keys.begin, count, weights, partial);
+  const auto v = cache_rows(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v, keys.begin, count,
+                            page_buffer);
+  weigh_values(v, 0, count, weights, partial);
 }
 
 // Puts the chunks of a row together.
@@ -190,8 +192,11 @@ static void decode(const AttentionForwardParams& p) {
   const int64_t chunks = num_tile_slots(p, false, kChunk);
   const int64_t size = partial_size<A>(p), chunk_size = kFewQueries * size;
   const Scratch<A> partials(heads * chunks * chunk_size);
+  const int64_t page_buffer_size =
+      p.maybe_block_table != nullptr ? int64_t{kChunk} * std::max(p.head_dim, p.head_dim_v) : 0;
   parallel_for(0, heads * chunks, 1, [&](int64_t begin, int64_t end) {
     alignas(64) A q[kMaxHeadDim];
+    const Scratch<T> page_buffer(page_buffer_size);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head_of_all = task / chunks;
       const int32_t head = static_cast<int32_t>(head_of_all % p.num_heads);
@@ -203,7 +208,7 @@ static void decode(const AttentionForwardParams& p) {
       for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
         const Range seen = keys_seen_by(sequence, band, row, row);
         const Range keys{std::max(seen.begin, key), std::min(seen.end, key + kChunk)};
-        decode_chunk<T>(p, sequence, band, head, row, keys, q,
+        decode_chunk<T>(p, sequence, band, head, row, keys, q, page_buffer.data(),
                         partials.data() + task * chunk_size + row * size);
       }
     }

@@ -113,6 +113,8 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
       v_buffer(tile_size<E>(p.head_dim_v)), weights(kOtherRows * kRows);
   const Scratch<A> results(num_tiles * result_size), scores(kOtherRows * kRows),
       out_buffer(tile_size<A>(p.head_dim_v)), mask = mask_buffer<A>(p);
+  const int64_t page_rows = p.maybe_block_table != nullptr ? kOtherRows : 0;
+  const Scratch<T> k_pages(page_rows * p.head_dim), v_pages(page_rows * p.head_dim_v);
   std::fill_n(scores.data(), kOtherRows * kRows, A(0));
 
   for (int64_t task = begin; task < end; ++task) {
@@ -120,8 +122,6 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
     if (first_row >= sequence.seqlen_q || has_few_queries(sequence)) continue;
     const Band band = visible_band(p, sequence);
     const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
-    const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head / group, p.head_dim);
-    const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head / group, p.head_dim_v);
 
     QueryTile<T> tiles[kTilesOfTask]{};
     int32_t count = 0;
@@ -144,8 +144,12 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
     const Range keys{tiles[0].keys.begin / kOtherRows * kOtherRows, tiles[count - 1].keys.end};
     for (int32_t key = keys.begin; key < keys.end; key += kOtherRows) {
       const int32_t rows = std::min(kOtherRows, sequence.seqlen_k - key);
-      const auto k_rows = over_columns(k, key, rows, k_buffer.data());
-      const auto v_rows = over_rows(v, key, rows, v_buffer.data());
+      const auto k = cache_rows(p, p.k, p.k_strides, sequence, head / group, p.head_dim, key, rows,
+                                k_pages.data());
+      const auto v = cache_rows(p, p.v, p.v_strides, sequence, head / group, p.head_dim_v, key,
+                                rows, v_pages.data());
+      const auto k_rows = over_columns(k, 0, rows, k_buffer.data());
+      const auto v_rows = over_rows(v, 0, rows, v_buffer.data());
       for (int32_t t = 0; t < count; ++t) {
         if (key >= tiles[t].keys.end || key + kOtherRows <= tiles[t].keys.begin) continue;
         forward_step(p, band, tiles[t].place(sequence, head, key), k_rows, v_rows, tiles[t],

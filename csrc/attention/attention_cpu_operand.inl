@@ -54,6 +54,26 @@ static HeadMatrix<T> key_matrix(const void* data, const HeadStrides& strides,
   return {key_rows(static_cast<const T*>(data), strides, sequence, head), strides.row, columns};
 }
 
+// Rows row .. of a sequence's keys or values, as a matrix that begins with them: where they lie, or
+// collected from the pages of a cache.
+template <typename T>
+static HeadMatrix<T> cache_rows(const AttentionProblem& p, const void* data,
+                                const HeadStrides& strides, const Sequence& sequence, int64_t head,
+                                int32_t columns, int32_t row, int32_t rows, T* page_buffer) {
+  if (p.maybe_block_table == nullptr) {
+    const auto matrix = key_matrix<T>(data, strides, sequence, head, columns);
+    return {matrix.row(row), matrix.row_stride, columns};
+  }
+  const int32_t* pages =
+      p.maybe_block_table + static_cast<int64_t>(sequence.index) * p.pages_of_sequence;
+  for (int32_t j = 0; j < rows; ++j) {
+    const T* from = static_cast<const T*>(data) + pages[(row + j) / p.page_size] * strides.batch +
+                    head * strides.head + (row + j) % p.page_size * strides.row;
+    std::copy_n(from, columns, page_buffer + int64_t{j} * columns);
+  }
+  return {page_buffer, columns, columns};
+}
+
 // Rows of elements, each readable in whole vectors.
 template <typename E>
 struct TileRows {

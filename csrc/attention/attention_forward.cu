@@ -52,7 +52,7 @@ __device__ __forceinline__ void softmax_step(const AttentionForwardParams& p,
   }
 }
 
-template <typename T>
+template <typename T, bool kPaged>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_forward_kernel(const AttentionForwardParams p) {
   using A = Accumulator<T>;
@@ -62,8 +62,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   if (place.own_row >= sequence.seqlen_q) return;
   const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
-  const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
-  const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
+  const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, head_kv, p.head_dim);
+  const auto v = cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
   A result[kRowsPerThread][kValuesPerThread] = {};
@@ -132,8 +132,10 @@ Status attention_forward_cuda(const AttentionForwardParams& params, Stream strea
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return visit_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
-    return launch(attention_forward_kernel<T>, dim3(static_cast<unsigned>(blocks)),
-                  dim3(kAttentionThreads), sizeof(AttentionTiles<Accumulator<T>>), stream, params);
+    const auto kernel = params.maybe_block_table != nullptr ? attention_forward_kernel<T, true>
+                                                            : attention_forward_kernel<T, false>;
+    return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kAttentionThreads),
+                  sizeof(AttentionTiles<Accumulator<T>>), stream, params);
   });
 }
 

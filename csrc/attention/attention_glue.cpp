@@ -13,11 +13,11 @@ namespace fused {
 namespace attention_glue {
 namespace {
 
-// A mask of a packed problem brings its own number of rows and columns.
+// A mask for sequences of their own lengths brings its own number of rows and columns.
 AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p) {
   check_same_device(kOp, "attn_mask", mask, "q", q);
   const bool is_bool = mask.scalar_type() == at::kBool;
-  const bool packed = p.maybe_cu_seqlens_q != nullptr;
+  const bool packed = p.maybe_cu_seqlens_q != nullptr || p.maybe_cache_seqlens != nullptr;
   int64_t shape[] = {p.num_sequences, p.num_heads, p.seqlen_q, p.seqlen_k};
   int64_t strides[] = {0, 0, 0, 0};
   int32_t extents[] = {0, 0, kMaxLength, kMaxLength};
@@ -116,6 +116,17 @@ void set_sequences(AttentionProblem& problem, const at::Tensor& q, const at::Ten
   problem.num_sequences = checked_int32(kOp, "the number of sequences", of_q.size(0) - 1);
 }
 
+void set_cache(AttentionProblem& problem, const at::Tensor& k, const Cache& cache) {
+  problem.maybe_cache_seqlens = cache.cache_seqlens.const_data_ptr<int32_t>();
+  problem.num_new_keys = checked_int32(kOp, "the number of new keys", cache.num_new_keys);
+  if (!cache.block_table) return;
+  problem.maybe_block_table = cache.block_table->const_data_ptr<int32_t>();
+  problem.page_size = problem.seqlen_k;
+  problem.pages_of_sequence = checked_int32(kOp, "the pages", cache.block_table->size(1));
+  problem.seqlen_k =
+      checked_int32(kOp, "the length of the cache", cache.block_table->size(1) * k.size(2));
+}
+
 }  // namespace
 
 Sizes sizes_of(const at::Tensor& tensor) {
@@ -186,7 +197,7 @@ void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& 
 }
 
 void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
-                  const at::Tensor& v, const Options& options) {
+                  const at::Tensor& v, const Options& options, const Cache* maybe_cache) {
   const Sizes of_q = sizes_of(q), of_k = sizes_of(k);
   problem.q = q.const_data_ptr();
   problem.k = k.const_data_ptr();
@@ -202,6 +213,7 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.head_dim = checked_int32(kOp, "head_dim", of_q.width);
   problem.head_dim_v = checked_int32(kOp, "the head_dim of v", v.size(-1));
   set_sequences(problem, q, k, options);
+  if (maybe_cache != nullptr) set_cache(problem, k, *maybe_cache);
   if (options.attn_mask) problem.mask = make_mask(*options.attn_mask, q, problem);
   problem.maybe_alibi_slopes = head_values("alibi_slopes", options.alibi_slopes, q);
   problem.maybe_sink = head_values("sink", options.sink, q);

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 #include "attention/attention.h"
 #include "common/checks.h"
@@ -50,9 +51,15 @@ void check_compute_dtype(const char* argument, const at::Tensor& tensor, const a
 // q, k and v as the op takes them, before anything else is looked at.
 void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool packed);
 
-// Fills what the forward and the backward pass share. The tensors outlive the params.
+// Fills what the forward and the backward pass share. The tensors outlive the params. A cache is
+// what k and v are, which then may be pages.
+struct Cache {
+  const at::Tensor& cache_seqlens;
+  const std::optional<at::Tensor>& block_table;
+  int64_t num_new_keys;
+};
 void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
-                  const at::Tensor& v, const Options& options);
+                  const at::Tensor& v, const Options& options, const Cache* maybe_cache = nullptr);
 
 }  // namespace attention_glue
 }  // namespace fused

@@ -41,4 +41,16 @@ attention_backward(const at::Tensor& grad_out, const std::optional<at::Tensor>& 
                    std::optional<double> scale, double softcap, int64_t window_left,
                    int64_t window_right, std::array<bool, 6> needs);
 
+// Attention of q [B, H, S, D] over a cache k_cache [B, G, C, D], v_cache [B, G, C, Dv], or pages
+// [num_pages, G, page_size, D] with int32 block_table [B, pages], of which sequence b has
+// cache_seqlens[b] (int32 [B]) keys. New k and v, where given, are written behind them first and
+// count. Returns out and lse as attention_forward does.
+FUSED_API std::tuple<at::Tensor, at::Tensor> attention_with_kv_cache(
+    const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& cache_seqlens, const std::optional<at::Tensor>& k,
+    const std::optional<at::Tensor>& v, const std::optional<at::Tensor>& block_table,
+    const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& sink, bool is_causal, std::optional<double> scale,
+    double softcap, int64_t window_left, int64_t window_right);
+
 }  // namespace fused

@@ -31,10 +31,17 @@ FUSED_HOST_DEVICE Range packed_rows(const int32_t* cu_seqlens, int32_t num_seque
   return {begin, index == num_sequences ? length : clamped(cu_seqlens[index + 1], begin)};
 }
 
+// Of a sequence that is not packed: no more than there is room for, whatever cache_seqlens says.
+FUSED_HOST_DEVICE int32_t num_keys(const AttentionProblem& p, int32_t index) {
+  if (p.maybe_cache_seqlens == nullptr) return p.seqlen_k;
+  const int64_t keys = static_cast<int64_t>(p.maybe_cache_seqlens[index]) + p.num_new_keys;
+  return static_cast<int32_t>(keys < 0 ? 0 : keys > p.seqlen_k ? p.seqlen_k : keys);
+}
+
 // Sequence `index`; of packed ones there is one more than num_sequences, the rest.
 FUSED_HOST_DEVICE Sequence sequence_of(const AttentionProblem& p, int32_t index) {
   if (p.maybe_cu_seqlens_q == nullptr) {
-    return {index, index, 0, 0, p.seqlen_q, p.seqlen_k, false};
+    return {index, index, 0, 0, p.seqlen_q, num_keys(p, index), false};
   }
   const Range q = packed_rows(p.maybe_cu_seqlens_q, p.num_sequences, index, p.seqlen_q);
   const Range k = packed_rows(p.maybe_cu_seqlens_k, p.num_sequences, index, p.seqlen_k);

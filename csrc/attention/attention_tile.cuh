@@ -37,6 +37,26 @@ struct HeadMatrix {
   const T* data;
   int64_t row_stride;
   int32_t rows, columns;
+
+  __device__ __forceinline__ bool is_aligned() const { return is_pack_aligned(data, row_stride); }
+  __device__ __forceinline__ const T* row(int32_t index) const { return data + index * row_stride; }
+};
+
+// The same of a cache in pages.
+template <typename T>
+struct PagedMatrix {
+  const T* data;
+  int64_t row_stride, page_stride;
+  const int32_t* pages;
+  int32_t page_size, rows, columns;
+
+  __device__ __forceinline__ bool is_aligned() const {
+    return is_pack_aligned(data, row_stride) && is_pack_aligned(data, page_stride);
+  }
+  __device__ __forceinline__ const T* row(int32_t index) const {
+    if (index >= rows) return data;  // has no page, and nobody reads it
+    return data + pages[index / page_size] * page_stride + index % page_size * row_stride;
+  }
 };
 
 template <typename T>
@@ -54,6 +74,25 @@ __device__ __forceinline__ HeadMatrix<T> key_matrix(const void* data, const Head
           sequence.seqlen_k, columns};
 }
 
+// The keys or values of a sequence, side by side or in pages.
+template <bool kPaged, typename T>
+__device__ __forceinline__ auto cache_matrix(const AttentionProblem& p, const void* data,
+                                             const HeadStrides& strides, const Sequence& sequence,
+                                             int32_t head, int32_t columns) {
+  if constexpr (kPaged) {
+    return PagedMatrix<T>{
+        static_cast<const T*>(data) + head * strides.head,
+        strides.row,
+        strides.batch,
+        p.maybe_block_table + static_cast<int64_t>(sequence.index) * p.pages_of_sequence,
+        p.page_size,
+        sequence.seqlen_k,
+        columns};
+  } else {
+    return key_matrix<T>(data, strides, sequence, head, columns);
+  }
+}
+
 // The block's shared memory: 29 KB in float, 58 KB in double, which sm_75 can still give.
 template <typename A>
 struct AttentionTiles {
@@ -65,16 +104,16 @@ struct AttentionTiles {
 
 // Stages rows [row, row + kRows) and columns [column, column + kColumns) of `matrix` in
 // tile[kRows][pitch]; zeros where the matrix ends.
-template <int kRows, int kColumns, typename T, typename A>
-__device__ __forceinline__ void load_tile(A* tile, int pitch, const HeadMatrix<T>& matrix,
-                                          int32_t row, int32_t column) {
+template <int kRows, int kColumns, typename T, typename A, template <typename> class Matrix>
+__device__ __forceinline__ void load_tile(A* tile, int pitch, const Matrix<T>& matrix, int32_t row,
+                                          int32_t column) {
   constexpr int kSize = Pack<T>::kSize;
   constexpr int kPacksPerRow = kColumns / kSize;
-  const bool aligned = is_pack_aligned(matrix.data, matrix.row_stride);
+  const bool aligned = matrix.is_aligned();
   for (int i = threadIdx.x; i < kRows * kPacksPerRow; i += kAttentionThreads) {
     const int tile_row = i / kPacksPerRow, tile_column = i % kPacksPerRow * kSize;
     const int32_t inside = row + tile_row < matrix.rows ? matrix.columns - column - tile_column : 0;
-    const T* source = matrix.data + (row + tile_row) * matrix.row_stride + column + tile_column;
+    const T* source = matrix.row(row + tile_row) + column + tile_column;
     const Pack<T> pack =
         aligned && inside >= kSize ? load_pack(source) : load_pack_partly(source, inside);
 #pragma unroll
@@ -85,9 +124,9 @@ __device__ __forceinline__ void load_tile(A* tile, int pitch, const HeadMatrix<T
 }
 
 // sums[r][c] = own[own_row + 4 * (t / 16) + r] . other[other_row + t % 16 + 16 * c].
-template <typename T, typename A>
+template <typename T, typename A, template <typename> class Matrix>
 __device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const HeadMatrix<T>& own,
-                                              int32_t own_row, const HeadMatrix<T>& other,
+                                              int32_t own_row, const Matrix<T>& other,
                                               int32_t other_row,
                                               A (&sums)[kRowsPerThread][kColumnsPerThread]) {
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
@@ -116,8 +155,8 @@ __device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const He
 
 // result[r][e] += sum_j weights[4 * (t / 16) + r][j] * values[value_row + j][column + 4p + e].
 // Stages the values itself: pair_products has passed a barrier since they were last read.
-template <typename T, typename A>
-__device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const HeadMatrix<T>& values,
+template <typename T, typename A, template <typename> class Matrix>
+__device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const Matrix<T>& values,
                                            int32_t value_row, int32_t column,
                                            A (&result)[kRowsPerThread][kValuesPerThread]) {
   const int thread_row = threadIdx.x / 16 * kRowsPerThread;

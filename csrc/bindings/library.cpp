@@ -24,6 +24,11 @@ TORCH_LIBRARY(fused, m) {
       "SymInt window_right, bool[6] needs) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, "
       "Tensor grad_attn_mask, Tensor grad_alibi_slopes, Tensor grad_sink)");
   m.def(
+      "attention_with_kv_cache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor cache_seqlens, Tensor? k, Tensor? v, Tensor? block_table, Tensor? attn_mask, "
+      "Tensor? alibi_slopes, Tensor? sink, bool is_causal, float? scale, float softcap, "
+      "SymInt window_left, SymInt window_right) -> (Tensor out, Tensor lse)");
+  m.def(
       "lstm_cell_forward(Tensor input, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, "
       "Tensor? b_hh) -> (Tensor h_next, Tensor c_next, Tensor gates)");
   m.def(
@@ -82,6 +87,7 @@ namespace {
 void implement(torch::Library& m) {
   m.impl("attention_forward", &fused::attention_forward);
   m.impl("attention_backward", &fused::attention_backward);
+  m.impl("attention_with_kv_cache", &fused::attention_with_kv_cache);
   m.impl("lstm_cell_forward", &fused::lstm_cell_forward);
   m.impl("lstm_cell_backward", &fused::lstm_cell_backward);
   m.impl("lstm_layer_forward", &fused::lstm_layer_forward);

@@ -101,3 +101,45 @@ def varlen_attention(
     if not options.get("return_lse"):
         return out
     return out, torch.cat([*lses, q.new_full((q.shape[1], rest), -math.inf)], dim=-1)
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    block_table: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = True,
+    causal_alignment: str = "bottom_right",
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q over what each sequence has in the cache, and the new keys behind that.
+
+    As :func:`fused.functional.attention_with_kv_cache`, but the cache stays as it is.
+    """
+    parts: list[Any] = []
+    for b, length in enumerate(cache_seqlens.tolist()):
+        rows = []
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            if block_table is None:
+                held = cache[b, :, :length]
+            else:
+                held = torch.cat(list(cache[block_table[b].long()]), dim=1)[:, :length]
+            rows.append(held if new is None else torch.cat([held, new[b]], dim=1))
+        mask = attn_mask
+        if mask is not None:
+            mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+            mask = mask[b % mask.shape[0]][None]
+            mask = mask if mask.shape[3] == 1 else mask[..., : rows[0].shape[1]]
+        causal: dict[str, Any] = {"is_causal": is_causal, "causal_alignment": causal_alignment}
+        keys, values = rows[0][None], rows[1][None]
+        parts.append(
+            scaled_dot_product_attention(q[b : b + 1], keys, values, mask, **causal, **options)
+        )
+    if options.get("return_lse"):
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    return torch.cat(parts)

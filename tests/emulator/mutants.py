@@ -49,6 +49,7 @@ TESTS = {
         "tests/test_attention.py",
         "tests/test_attention_options.py",
         "tests/test_attention_varlen.py",
+        "tests/test_attention_cache.py",
     ],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
