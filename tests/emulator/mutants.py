@@ -187,6 +187,9 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
         return False, failed[1]
     if answer.returncode < 0:
         return False, f"signal {-answer.returncode}"
+    # It ends the process with 1, as failed tests do.
+    if "ERROR: AddressSanitizer" in answer.stdout + answer.stderr:
+        return False, "AddressSanitizer"
     raise SystemExit(f"pytest ended with {answer.returncode}:\n{answer.stdout}{answer.stderr}")
 
 
