@@ -288,3 +288,49 @@ def test_bad_input_has_stock_errors() -> None:
             kind = caught.type
         else:
             assert caught.type is kind, arguments
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_rotary_turns_pairs_by_their_places(interleaved: bool, batch_first: bool) -> None:
+    module = fused.Attention(
+        12, 2, batch_first=batch_first, num_kv_heads=1, rotary_interleaved=interleaved
+    ).double()
+    x = torch.randn(*((2, 5) if batch_first else (5, 2)), 12, dtype=torch.float64)
+    angles = torch.randn(5, 3, dtype=torch.float64)
+    actual = module(x, x, x, rotary=(angles.cos(), angles.sin()), need_weights=False)[0]
+
+    y = x if batch_first else x.transpose(0, 1)
+    q, k, v = F.linear(y, module.in_proj_weight, module.in_proj_bias).split([12, 6, 6], dim=-1)
+    turns = torch.polar(torch.ones_like(angles), angles)
+
+    def turn(heads: Tensor) -> Tensor:
+        heads = heads.unflatten(-1, (-1, 6)).transpose(1, 2)
+        pairs = heads.unflatten(-1, (3, 2) if interleaved else (2, 3))
+        first, second = pairs.unbind(-1 if interleaved else -2)
+        turned = torch.view_as_real(torch.complex(first, second) * turns)
+        return turned.flatten(-2) if interleaved else turned.transpose(-1, -2).flatten(-2)
+
+    values = v.unflatten(-1, (1, 6)).transpose(1, 2)
+    out = F.scaled_dot_product_attention(turn(q), turn(k), values, enable_gqa=True)
+    expected = module.out_proj(out.transpose(1, 2).flatten(-2))
+    torch.testing.assert_close(actual, expected if batch_first else expected.transpose(0, 1))
+
+
+def test_rotary_has_derivatives_and_compiles() -> None:
+    module = fused.Attention(4, 1, batch_first=True, is_causal=True).double()
+    x = torch.randn(1, 3, 4, dtype=torch.float64, requires_grad=True)
+    rotary = [torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+
+    def function(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return module(x, x, x, rotary=(cos, sin), need_weights=False)[0]
+
+    assert torch.autograd.gradcheck(function, (x, *rotary))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, *rotary), function(x, *rotary))
+    short = (rotary[0][:2], rotary[1])
+    with pytest.raises(ValueError) as caught:
+        function(x, *short)
+    assert str(caught.value) == (
+        "attention: rotary must have the shape [3, 2] for query, got [2, 2]"
+    )

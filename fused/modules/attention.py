@@ -29,6 +29,8 @@ class Attention(nn.MultiheadAttention):
             no bound, in every call.
         softcap: bounds the scores to its size, by a tanh.
         is_causal: query i sees keys 0 to i in every call, without a mask.
+        rotary_interleaved: rotary embedding turns neighbours 2d and 2d + 1 of a head together,
+            instead of d and d + head_dim / 2.
 
     Raises:
         ValueError: ``num_kv_heads`` that does not divide ``num_heads``.
@@ -40,6 +42,7 @@ class Attention(nn.MultiheadAttention):
     window: tuple[int, int] | None = None
     softcap: float | None = None
     is_causal: bool = False
+    rotary_interleaved: bool = False
 
     def __init__(
         self,
@@ -59,6 +62,7 @@ class Attention(nn.MultiheadAttention):
         window: tuple[int, int] | None = None,
         softcap: float | None = None,
         is_causal: bool = False,
+        rotary_interleaved: bool = False,
     ) -> None:
         if num_kv_heads is not None and (num_kv_heads < 1 or num_heads % num_kv_heads != 0):
             raise ValueError(
@@ -75,6 +79,7 @@ class Attention(nn.MultiheadAttention):
         )  # fmt: skip
         self.num_kv_heads = num_kv_heads
         self.window, self.softcap, self.is_causal = window, softcap, is_causal
+        self.rotary_interleaved = rotary_interleaved
         if num_kv_heads not in (None, num_heads):
             self._narrow_key_and_value(device, dtype)
 
@@ -115,7 +120,7 @@ class Attention(nn.MultiheadAttention):
             text += f", kdim={self.kdim}, vdim={self.vdim}"
         if self.batch_first:
             text += ", batch_first=True"
-        for name in ("num_kv_heads", "window", "softcap", "is_causal"):
+        for name in ("num_kv_heads", "window", "softcap", "is_causal", "rotary_interleaved"):
             if getattr(self, name) != getattr(Attention, name):
                 text += f", {name}={getattr(self, name)}"
         return text
@@ -130,6 +135,8 @@ class Attention(nn.MultiheadAttention):
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
         is_causal: bool = False,
+        *,
+        rotary: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """As :meth:`torch.nn.MultiheadAttention.forward`, whose docstring gives shapes and masks.
 
@@ -143,14 +150,17 @@ class Attention(nn.MultiheadAttention):
             average_attn_weights: average the returned weights over the heads.
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask. (The
                 constructor's asks for no mask.)
+            rotary: cosines and sines, each ``[L, head_dim / 2]``, that turn q and k by their places
+                (Su et al., arXiv:2104.09864), with L = S. By PyTorch's operators.
 
         Returns:
             The output in the layout of ``query``, and the weights or None.
         """
         if query.is_nested or key.is_nested or value.is_nested:
-            if self.window is not None or self.softcap is not None or self.is_causal:
+            extras = (self.window, self.softcap, rotary)
+            if self.is_causal or any(extra is not None for extra in extras):
                 raise NotImplementedError(
-                    "attention: inputs must not be nested with window, softcap or is_causal"
+                    "attention: inputs must not be nested with window, softcap, is_causal or rotary"
                 )
             if self._kv_heads != self.num_heads:
                 raise NotImplementedError("attention: inputs must not be nested with num_kv_heads")
@@ -170,6 +180,8 @@ class Attention(nn.MultiheadAttention):
         q, k, v = self._project(query, key, value)
         # [B, H, length, D] views of what the projections left: the kernels take any strides.
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).movedim(length_dim, -2) for t in (q, k, v))
+        if rotary is not None:
+            q, k = self._rotate("query", q, rotary), self._rotate("key", k, rotary)
         k, v, added = self._with_added_keys(k, v)
         # As in stock, the hint counts where no padding has to be merged into the mask.
         is_causal = is_causal and key_padding_mask is None and not need_weights
@@ -270,6 +282,26 @@ class Attention(nn.MultiheadAttention):
         return tuple(
             F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
+
+    def _rotate(self, name: str, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        """Turns pairs of elements of [B, H, length, head_dim] by the angles of their places."""
+        shape = (heads.shape[-2], self.head_dim / 2)
+        for x in rotary:
+            if x.shape != shape:
+                raise ValueError(
+                    f"attention: rotary must have the shape [{shape[0]}, {shape[1]:g}] for {name}, "
+                    f"got {list(x.shape)}"
+                )
+        # In the precision of the angles: bfloat16 has few digits for a turn.
+        cos, sin = rotary
+        if self.rotary_interleaved:
+            first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
+        else:
+            first, second = heads.chunk(2, dim=-1)
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        if self.rotary_interleaved:
+            return torch.stack(turned, dim=-1).flatten(-2).to(heads.dtype)
+        return torch.cat(turned, dim=-1).to(heads.dtype)
 
     def _with_added_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Appends bias_k, bias_v and the zero key, and says how many they were."""
