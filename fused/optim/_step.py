@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from fused import _route
 from fused.optim import _sharded, _state
@@ -37,6 +38,10 @@ DIFFERENTIABLE = "differentiable"
 SUBCLASS = "subclass"
 SPARSE = "sparse"
 COMPLEX = "complex"
+
+# What torch's own steps begin with; torch 2.10 has it under an older name.
+_NEW, _OLD = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
+_check_graph_capture = getattr(Optimizer, _NEW if hasattr(Optimizer, _NEW) else _OLD)
 
 _REASONS = {
     DIFFERENTIABLE: "differentiable=True needs operators that autograd knows",
@@ -172,7 +177,7 @@ class FusedStep(KeptStates):
         """
         loss = None
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            self._accelerator_graph_capture_health_check()
+            _check_graph_capture(self)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
