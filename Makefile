@@ -78,7 +78,7 @@ nvcc: $(INSTALLED) ## compile every .cu file, where nvcc is found: make nvcc ARG
 
 check: lint types nvcc test ## what has to pass before a change lands
 
-check-full: $(DEV_TOOLS) ## what takes longer: sanitizers, coverage, four architectures, installs
+check-full: $(DEV_TOOLS) ## what takes longer: sanitizers, coverage, four architectures, installs, aarch64
 	PATH="$(ENV)/bin:$$PATH" .ci/full $(ARGS)
 
 clean: ## remove what was built (the environment stays)
