@@ -52,8 +52,9 @@ __device__ __forceinline__ void softmax_step(const AttentionForwardParams& p,
   }
 }
 
+// Double may take one block at a time, where the compiler would rather spill.
 template <typename T, bool kPaged>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8 ? 1 : 0)
     attention_forward_kernel(const AttentionForwardParams p) {
   using A = Accumulator<T>;
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
