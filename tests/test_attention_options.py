@@ -37,6 +37,7 @@ def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCa
     heads_kv = draw(st.integers(1, 2))
     rows, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
     bound = st.one_of(st.just(-1), st.integers(0, longest))
+    width = st.one_of(st.just(8), st.integers(1, widest))  # tensor cores take multiples of 8
     return AttentionCase(
         "random",
         batch=draw(st.integers(1, 2)),
@@ -44,8 +45,8 @@ def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCa
         heads_kv=heads_kv,
         rows=rows,
         keys=keys,
-        head_dim=draw(st.integers(1, widest)),
-        head_dim_v=draw(st.integers(1, widest)),
+        head_dim=draw(width),
+        head_dim_v=draw(width),
         mask=draw(st.sampled_from(MASKS)),
         is_causal=draw(st.booleans()),
         causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),

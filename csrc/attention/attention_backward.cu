@@ -11,6 +11,7 @@
 // A block computes kOwn rows by kWidth columns of one head's gradient. Who holds what:
 // attention_tile.cuh.
 #include "attention/attention_backward.cuh"
+#include "attention/attention_mma.h"
 
 namespace fused {
 namespace {
@@ -134,6 +135,17 @@ Status launch_gradient(const AttentionBackwardParams& p, Stream stream) {
                 dim3(kAttentionThreads), sizeof(AttentionTiles<Accumulator<T>>), stream, p);
 }
 
+template <typename T>
+Status launch_gradients(const AttentionBackwardParams& p, Stream stream) {
+  Status status = nullptr;
+  if (p.maybe_grad_q != nullptr) status = launch_gradient<Gradient::kQuery, T>(p, stream);
+  if (status == nullptr && p.maybe_grad_k != nullptr) {
+    status = launch_gradient<Gradient::kKey, T>(p, stream);
+    if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(p, stream);
+  }
+  return status;
+}
+
 }  // namespace
 
 Status attention_backward_cuda(const AttentionBackwardParams& params, Stream stream) {
@@ -145,12 +157,9 @@ Status attention_backward_cuda(const AttentionBackwardParams& params, Stream str
     if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
     Status status = launch(attention_backward_delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
                            dim3(kAttentionThreads), 0, stream, params);
-    if (status == nullptr && params.maybe_grad_q != nullptr) {
-      status = launch_gradient<Gradient::kQuery, T>(params, stream);
-    }
-    if (status == nullptr && params.maybe_grad_k != nullptr) {
-      status = launch_gradient<Gradient::kKey, T>(params, stream);
-      if (status == nullptr) status = launch_gradient<Gradient::kValue, T>(params, stream);
+    if (status == nullptr) {
+      status = attention_mma_supported(params) ? attention_mma_backward(params, stream)
+                                               : launch_gradients<T>(params, stream);
     }
     return status == nullptr ? attention_backward_scores_cuda(params, stream) : status;
   });

@@ -17,6 +17,14 @@ struct ScoreWeight {
   A slope;     // the final score's derivative by scale * q . k
 };
 
+// From an element's final score, p, keep and product grad_out . v, and its row's delta.
+template <typename A>
+__device__ __forceinline__ ScoreWeight<A> weigh_score(const Score<A>& score, A probability, A keep,
+                                                      A dot_v, A delta) {
+  if (score.value == kHiddenScore<A>) return {0, 0, 0};
+  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
+}
+
 // From an element's products q . k and grad_out . v. Hidden keys give zeros, not even a NaN, and so
 // does an element outside the matrix.
 template <typename A>
@@ -26,13 +34,12 @@ __device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardPa
                                                        A dot, A dot_v) {
   if (row >= sequence.seqlen_q || column >= sequence.seqlen_k) return {0, 0, 0};
   const Score<A> score = final_score(p, sequence, band, head, row, column, dot);
-  if (score.value == kHiddenScore<A>) return {0, 0, 0};
   const int64_t index = row_of_all(p, sequence, head, row);
   const RowStats<A> stats = load_row_stats<A>(p, p.row_stats, index);
   const A probability = exp(score.value - stats.max) * stats.inverse_sum;
   const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, sequence, head, row, column);
   const A delta = static_cast<const A*>(p.delta)[index];
-  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
+  return weigh_score(score, probability, keep, dot_v, delta);
 }
 
 }  // namespace fused

@@ -4,6 +4,7 @@
 // A block computes kOwn rows by kWidth columns of one head's output; a head wider than kWidth costs
 // its scores once more for each further block. Who holds what: attention_tile.cuh. Lane j of a warp
 // has the score of key j of the tile, for one row after another, in the softmax.
+#include "attention/attention_mma.h"
 #include "attention/attention_score.h"
 #include "attention/attention_tile.cuh"
 
@@ -129,6 +130,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
 }  // namespace
 
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream) {
+  if (attention_mma_supported(params)) return attention_mma_forward(params, stream);
   const int64_t blocks = num_blocks(params, true, params.head_dim_v);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return visit_dtype(params.dtype, [&](auto element) {

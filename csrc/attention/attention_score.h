@@ -38,13 +38,21 @@ FUSED_HOST_DEVICE A load_mask(const AttentionMask& mask, int64_t offset) {
   return static_cast<A>(static_cast<const float*>(mask.data)[offset]);
 }
 
-// The score of an element inside the matrix, given q . k; -inf where it is hidden.
-template <typename A>
+// Whether a score is scale * q . k wherever a row sees a key.
+FUSED_HOST_DEVICE bool has_no_score_options(const AttentionProblem& problem) {
+  return problem.softcap == 0 && problem.maybe_alibi_slopes == nullptr &&
+         problem.mask.kind == MaskKind::kNone;
+}
+
+// The score of an element inside the matrix, given q . k; -inf where it is hidden. Without kOptions
+// for a problem that has_no_score_options.
+template <typename A, bool kOptions = true>
 FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Sequence& sequence,
                                        const Band& band, int32_t head, int32_t row, int32_t column,
                                        A dot) {
   if (!is_visible(band, row, column)) return {kHiddenScore<A>, A(0)};
   Score<A> score{dot * static_cast<A>(problem.scale), A(1)};
+  if (!kOptions) return score;
   if (problem.softcap != 0) {
     const A softcap = static_cast<A>(problem.softcap);
     score = softcapped(softcap, std::tanh(score.value / softcap));

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -121,6 +122,21 @@ FUSED_HOST_DEVICE BFloat16 store<BFloat16>(float x) {
   return BFloat16{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 #else
   return BFloat16{detail::float_to_bfloat16_bits(x)};
+#endif
+}
+
+// Two neighbours of 16 bits in one register, the first in its low half, as matrix fragments hold
+// them. On a GPU one instruction.
+template <typename T>
+FUSED_HOST_DEVICE uint32_t store_pair(float first, float second) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, Half>) {
+    return detail::bit_cast<uint32_t>(__floats2half2_rn(first, second));
+  } else {
+    return detail::bit_cast<uint32_t>(__floats2bfloat162_rn(first, second));
+  }
+#else
+  return store<T>(first).bits | static_cast<uint32_t>(store<T>(second).bits) << 16;
 #endif
 }
 

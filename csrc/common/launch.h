@@ -24,19 +24,20 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Bytes of dynamic shared memory that a block may ask launch() for on the current device.
-inline size_t max_shared_bytes() {
+// The architecture, times ten, whose instructions a kernel was compiled to for the current device:
+// at most the device's own, and less where the build holds nothing newer. 0 where it cannot run.
+template <class... P>
+int compiled_architecture(void (*kernel)(P...)) {
 #ifdef FUSED_EMULATED
-  return emulator::shared_limit();
+  (void)kernel;
+  return emulator::architecture();
 #else
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
     cudaGetLastError();
-    return 48 * 1024;
+    return 0;
   }
-  return static_cast<size_t>(bytes);
+  return attributes.ptxVersion;
 #endif
 }
 
@@ -63,7 +64,9 @@ Status launch_values(const void* kernel, dim3 grid, dim3 block, size_t shared_by
 #endif
 
 // Starts kernel(args...) on the stream and does not wait for it. A grid without blocks succeeds.
-template <class... P, class... A>
+// kArchitecture is the oldest one, times ten, that has what the kernel uses: by it the emulator
+// limits shared memory.
+template <int kArchitecture = 75, class... P, class... A>
 Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, Stream stream,
               const A&... args) {
   static_assert(sizeof...(P) == sizeof...(A), "one argument for each parameter of the kernel");
@@ -73,7 +76,7 @@ Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, 
   std::tuple<std::decay_t<P>...> values(static_cast<std::decay_t<P>>(args)...);
 #ifdef FUSED_EMULATED
   (void)stream;  // launches run at once and to their end, which is the order of any stream
-  return emulator::launch(kernel, grid, block, shared_bytes, values);
+  return emulator::launch(kArchitecture, kernel, grid, block, shared_bytes, values);
 #else
   const void* address = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > 48 * 1024) {

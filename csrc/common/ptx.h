@@ -19,7 +19,7 @@
 //                          transposition column g, rows 2t and 2t + 1
 //
 // PTX ISA: "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", "ldmatrix", "stmatrix",
-// "cp.async", "bar".
+// "cp.async", "bar", "ex2".
 #pragma once
 
 #include <cstdint>
@@ -36,6 +36,8 @@ using emulator::barrier_sync;
 using emulator::cp_async_16;
 using emulator::cp_async_commit;
 using emulator::cp_async_wait;
+using emulator::exp2_approx;
+constexpr int kArchitecture = 80;  // the emulator has every instruction in here
 using emulator::ldmatrix;
 using emulator::mma_m16n8k16_bf16;
 using emulator::mma_m16n8k16_f16;
@@ -46,6 +48,21 @@ using emulator::stmatrix;
 #else
 
 namespace fused::ptx {
+
+// What this pass of the compiler makes code for, times ten: a kernel whose instructions it lacks
+// has no body there.
+#ifdef __CUDA_ARCH__
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 80;  // the host's pass
+#endif
+
+// 2^x to two units in the last place; results below the normal numbers are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

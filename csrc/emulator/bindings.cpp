@@ -16,8 +16,9 @@ Order order_named(const std::string& name) {
   throw pybind11::value_error("emulator: order must be forward, reverse or random, got " + name);
 }
 
-void configure(const std::string& order, uint64_t seed, size_t shared_limit, int num_os_threads) {
-  set_settings({order_named(order), seed, shared_limit, num_os_threads});
+void configure(const std::string& order, uint64_t seed, size_t shared_limit, int num_os_threads,
+               int architecture) {
+  set_settings({order_named(order), seed, shared_limit, num_os_threads, architecture});
 }
 
 }  // namespace
@@ -26,7 +27,7 @@ void bind(pybind11::module_& module) {
   namespace py = pybind11;
   py::module_ emulator = module.def_submodule("emulator");
   emulator.def("configure", &configure, py::kw_only(), py::arg("order"), py::arg("seed"),
-               py::arg("shared_limit"), py::arg("num_os_threads"));
+               py::arg("shared_limit"), py::arg("num_os_threads"), py::arg("architecture"));
   emulator.def("launch_counts", &launch_counts);
   emulator.def("instances_of", &instances_of, py::arg("names"));
 }

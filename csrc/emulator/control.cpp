@@ -28,7 +28,7 @@ void set_settings(const Settings& settings) {
   state().settings = settings;
 }
 
-size_t shared_limit() { return settings().shared_limit; }
+int architecture() { return settings().architecture; }
 
 void count_launch(const void* kernel) {
   const std::string name = kernel_name(kernel);

@@ -17,9 +17,10 @@ enum class Order { kForward, kReverse, kRandom };
 
 struct Settings {
   Order order = Order::kForward;
-  uint64_t seed = 0;                // of Order::kRandom
-  size_t shared_limit = 64 * 1024;  // what sm_75, the oldest architecture supported, has
+  uint64_t seed = 0;        // of Order::kRandom
+  size_t shared_limit = 0;  // bytes that a block may have; 0: as in kernel_shared_limit()
   int num_os_threads = 1;
+  int architecture = 80;  // of the device, times ten
 };
 
 Settings settings();
@@ -34,6 +35,12 @@ std::map<std::string, int64_t> launch_counts();
 std::vector<std::string> instances_of(const std::vector<std::string>& names);
 
 void count_launch(const void* kernel);
+
+// The dynamic shared memory of a block on the least device that runs kernels for an architecture:
+// 64 KB on sm_75; from sm_80 on 99 KB, of which sm_86, sm_89 and sm_120 have no more.
+constexpr size_t kernel_shared_limit(int architecture) {
+  return (architecture < 80 ? 64 : 99) * 1024;
+}
 
 struct Range {
   uintptr_t begin = 0;

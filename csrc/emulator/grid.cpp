@@ -64,10 +64,16 @@ std::string refusal(const Launch& launch, const Settings& settings) {
            std::to_string(grid.x) + ", " + std::to_string(grid.y) + ", " + std::to_string(grid.z) +
            ")";
   }
+  if (launch.architecture > settings.architecture) {
+    return "a kernel for sm_" + std::to_string(launch.architecture) + " on a device of sm_" +
+           std::to_string(settings.architecture);
+  }
+  const size_t limit =
+      settings.shared_limit != 0 ? settings.shared_limit : kernel_shared_limit(launch.architecture);
   const size_t bytes = launch.shared_bytes + kernel_at(launch.kernel).static_shared_bytes();
-  if (bytes > settings.shared_limit) {
-    return "a block may have " + std::to_string(settings.shared_limit) +
-           " bytes of shared memory, asked for " + std::to_string(bytes);
+  if (bytes > limit) {
+    return "a block may have " + std::to_string(limit) + " bytes of shared memory, asked for " +
+           std::to_string(bytes);
   }
   return "";
 }

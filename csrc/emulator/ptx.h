@@ -2,6 +2,7 @@
 // as copies that land as late as they may.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -9,6 +10,11 @@
 #include "emulator/warp.h"
 
 namespace fused::emulator {
+
+inline float exp2_approx(float x) {
+  const float result = std::exp2(x);
+  return result < 0x1p-126f ? 0.0f : result;  // NaN stays
+}
 
 // ---- tensor cores ----
 

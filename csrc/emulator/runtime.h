@@ -93,23 +93,24 @@ struct Launch {
   const void* values;
   dim3 grid, block;
   size_t shared_bytes;
+  int architecture;  // that the kernel is for
 };
 Status run(const Launch& launch);
 
 template <class... P>
-Status launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+Status launch(int architecture, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
               const std::tuple<std::decay_t<P>...>& values) {
   const auto run_thread = [](const Launch& launch) {
     using Values = std::tuple<std::decay_t<P>...>;
     std::apply(reinterpret_cast<void (*)(P...)>(const_cast<void*>(launch.kernel)),
                *static_cast<const Values*>(launch.values));
   };
-  return run(
-      {reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block, shared_bytes});
+  return run({reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block, shared_bytes,
+              architecture});
 }
 
-// Bytes of dynamic shared memory that a block may have.
-size_t shared_limit();
+// Of the emulated device, times ten.
+int architecture();
 
 }  // namespace fused::emulator
 

@@ -28,7 +28,6 @@ from fused import _route
 
 # The variant of the module that the whole test session runs: see build_support/emulated.py.
 VARIANT = os.environ.get("FUSED_EMULATED_VARIANT", "plain")
-SHARED_LIMIT_SM75 = 64 * 1024
 
 # A race shows in one of these orders, unless something else orders its threads. A number seeds a
 # random order.
@@ -40,9 +39,10 @@ class _Settings(NamedTuple):
     seed: int
     shared_limit: int
     num_os_threads: int
+    architecture: int
 
 
-_settings = _Settings("forward", 0, SHARED_LIMIT_SM75, 1)
+_settings = _Settings("forward", 0, 0, 1, 80)
 
 
 @cache
@@ -85,20 +85,27 @@ class Launches:
 
 @contextlib.contextmanager
 def emulated_cuda(
-    order: str | int | None = None, *, shared_limit: int = SHARED_LIMIT_SM75
+    order: str | int | None = None, *, architecture: int = 80, shared_limit: int = 0
 ) -> Iterator[Launches]:
     """CPU tensors run the emulated CUDA kernels instead of the CPU kernels.
 
     `order` is the order in which threads and blocks run: "forward", "reverse", or a number, the
     seed of a random one. By default the first calls that launch a kernel run in every order of
-    `ORDERS` and must give the same bits, and later ones in one order after the other. A block may
-    have `shared_limit` bytes of shared memory.
+    `ORDERS` and must give the same bits, and later ones in one order after the other.
+
+    `architecture` is that of the device, times ten: at 75 it has no tensor-core instructions that
+    kernels use, and the portable kernels run. A block may have `shared_limit` bytes of shared
+    memory, by default as many as on the least device that its kernel is for.
 
     For the whole process, because autograd runs backward on threads of its own.
     """
     global _settings
     before = _settings
-    _settings = before._replace(shared_limit=shared_limit, num_os_threads=torch.get_num_threads())
+    _settings = before._replace(
+        shared_limit=shared_limit,
+        num_os_threads=torch.get_num_threads(),
+        architecture=architecture,
+    )
     kernels = module()
     if order is None:
         kernels = cast(ModuleType, _InEveryOrder(kernels))

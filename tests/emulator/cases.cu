@@ -335,7 +335,7 @@ const Case kCases[] = {
 extern "C" FUSED_API const char* run_case(const char* name, int order, unsigned long seed,
                                           int num_os_threads, void* out) {
   using namespace fused;
-  emulator::set_settings({emulator::Order(order), seed, 64 * 1024, num_os_threads});
+  emulator::set_settings({emulator::Order(order), seed, 64 * 1024, num_os_threads, 80});
   for (const auto& one : cases::kCases) {
     if (std::strcmp(one.name, name) == 0) return one.run(out);
   }

@@ -126,7 +126,7 @@ const Case kCases[] = {
 extern "C" FUSED_API const char* run_ptx_case(const char* name, int order, const void* in,
                                               void* out) {
   using namespace fused;
-  emulator::set_settings({emulator::Order(order), 1, 64 * 1024, 1});
+  emulator::set_settings({emulator::Order(order), 1, 64 * 1024, 1, 80});
   for (const auto& one : cases::kCases) {
     if (std::strcmp(one.name, name) == 0) return one.run(in, out);
   }
