@@ -127,6 +127,9 @@ const Kernel& kernel_at(const void* address) {
 }
 
 Range this_threads_variables() {
+  // A library opened at run time has no such variables in a thread until one of them is used.
+  static thread_local volatile char used;
+  used = 1;
   Range found;
   const auto note = [](dl_phdr_info* library, size_t, void* found) {
     Dl_info self;
