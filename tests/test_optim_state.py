@@ -101,6 +101,27 @@ def test_remainders_of_any_float(backend: torch.device) -> None:
     assert p.isnan().all()
 
 
+def test_a_parameter_set_from_outside_meets_its_old_remainder(backend: torch.device) -> None:
+    """Zero and infinity would become NaN by a remainder that points beyond them."""
+    values = torch.tensor([1.002, 1.006, -1.002, -1.006], device=backend)  # remainders of both signs
+    p = torch.nn.Parameter(values.to(torch.bfloat16))
+    optimizer = fused.SGD([p], lr=1.0, master_weights="remainder")
+    p.grad = (p.detach().float() - values).to(torch.bfloat16)
+    optimizer.step()
+    remainder = optimizer.state[p]["remainder"]
+    assert (remainder > 0).any() and (remainder < 0).any()
+    p.grad.zero_()
+    for value in (0.0, -0.0, torch.inf, -torch.inf):
+        kept = remainder.clone()
+        p.data.fill_(value)
+        joined = _state.join_remainder(p, remainder)
+        optimizer.step()
+        assert torch.equal(p, torch.full_like(p, value))
+        assert not joined.isnan().any()
+        assert torch.equal(joined, _state.join_remainder(p, remainder))
+        remainder.copy_(kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounding_by_chance_is_right_on_average(dtype: torch.dtype, backend: torch.device) -> None:
     torch.manual_seed(0)

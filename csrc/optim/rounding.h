@@ -9,8 +9,14 @@ namespace fused {
 // A bfloat16 parameter and 16 bits that together are one float32, exactly. The parameter is the
 // float32 rounded to nearest, ties away from zero (with ties to even the sign of a tie's rest would
 // be lost); the remainder is what has to be added to its bits. NaN is one NaN.
+//
+// A parameter that someone else has set meets the remainder of what it was: half a step off at
+// most, but for a remainder below zero or above infinity, which would make NaN. It counts as none.
 FUSED_HOST_DEVICE float join_remainder(BFloat16 param, int16_t remainder) {
-  const uint32_t bits = static_cast<uint32_t>(param.bits) << 16;
+  const uint32_t bits = static_cast<uint32_t>(param.bits) << 16, magnitude = bits << 1;
+  const int32_t lowest = magnitude == 0 ? 0 : -32768,
+                highest = magnitude == 0xff000000u ? 0 : 32767;
+  if (remainder < lowest || remainder > highest) remainder = 0;
   return detail::bit_cast<float>(bits + static_cast<uint32_t>(static_cast<int32_t>(remainder)));
 }
 

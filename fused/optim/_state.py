@@ -159,9 +159,10 @@ _KINDS: dict[str, Literal["float32", "remainder"]] = {"master": "float32", "rema
 
 
 def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 master of a bfloat16 parameter and its remainder."""
+    """The float32 master of a bfloat16 parameter and its remainder, as csrc/optim/rounding.h."""
     bits = param.detach().view(torch.int16).to(torch.int32) << 16
-    return (bits + remainder.to(torch.int32)).view(torch.float32)
+    stray = ((param == 0) & (remainder < 0)) | (param.isinf() & (remainder > 0))
+    return (bits + remainder.to(torch.int32).masked_fill(stray, 0)).view(torch.float32)
 
 
 def split_remainder(param: Tensor, master: Tensor) -> Tensor:
