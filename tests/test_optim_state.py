@@ -103,7 +103,7 @@ def test_remainders_of_any_float(backend: torch.device) -> None:
 
 def test_a_parameter_set_from_outside_meets_its_old_remainder(backend: torch.device) -> None:
     """Zero and infinity would become NaN by a remainder that points beyond them."""
-    values = torch.tensor([1.002, 1.006, -1.002, -1.006], device=backend)  # remainders of both signs
+    values = torch.tensor([1.002, 1.006, -1.002, -1.006], device=backend)
     p = torch.nn.Parameter(values.to(torch.bfloat16))
     optimizer = fused.SGD([p], lr=1.0, master_weights="remainder")
     p.grad = (p.detach().float() - values).to(torch.bfloat16)
