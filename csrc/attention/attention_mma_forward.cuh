@@ -71,8 +71,10 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kM][kN][4], MmaSoft
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
       // A row without a key so far has no maximum: anything finite will do, its weights are 0.
-      const float max_log2 = max == -INFINITY ? 0.0f : max * kLog2E;
-      factor[half] = ptx::exp2_approx(before * kLog2E - max_log2);
+      const float max_log2 = max == -INFINITY ? 0.0f : __fmul_rn(max, kLog2E);
+      // Both products rounded, not one of them joined with the difference: a maximum that stays
+      // has to give exactly 1.
+      factor[half] = ptx::exp2_approx(__fmul_rn(before, kLog2E) - max_log2);
       running.max[m][half] = max;
       float sum = 0;
 #pragma unroll
