@@ -242,7 +242,13 @@ VARLEN_CASES = [
     AttentionCase("packed bool [B, 1, S, T]", lengths=RAGGED, mask="bool [B, 1, S, T]"),
     AttentionCase("packed bool [B, 1, 1, T]", lengths=RAGGED, mask="bool [B, 1, 1, T]"),
     AttentionCase("packed additive [H, S, T]", lengths=RAGGED, mask="additive [H, S, T]"),
-    AttentionCase("packed additive [B, H, S, 1]", lengths=RAGGED, mask="additive [B, H, S, 1]"),
+    # Only by the log-sum-exp does the same bias for all of a row's keys have a gradient.
+    AttentionCase(
+        "packed additive [B, H, S, 1]",
+        lengths=RAGGED,
+        mask="additive [B, H, S, 1]",
+        return_lse=True,
+    ),
     AttentionCase(
         "packed everything",
         heads=2,
