@@ -47,7 +47,11 @@ COLUMNS: Mapping[str, bool] = {
     "tensor": False,  # matrix instructions
 }
 # Kernels that may have a stack, spill, or touch local memory in a loop, and why.
-LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {}
+_ADDRESSES = "reloads up to seven addresses for each tile of keys; csrc/attention/attention_mma_tiles.h"
+LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {
+    "attention_mma_backward_kernel": _ADDRESSES,
+    "attention_mma_forward_kernel": _ADDRESSES,
+}
 FROM_MACHINE_CODE = ("local_in_loops", "wide_loads", "tensor")
 
 

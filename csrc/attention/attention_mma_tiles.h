@@ -33,7 +33,7 @@ constexpr int kMmaStages = 2;
 //   c  32 other rows instead of 64, against spills: 16 registers less for each product and row tile
 //   d  and 16 instead of 32, so that a block stays below the 99 KB of sm_86, sm_89 and sm_120 (for
 //      the forward pass with options against spills)
-//   e  spills all the same, up to 68 bytes: on sm_100 and sm_120 addresses are reloaded once for
+//   e  spills all the same, up to 80 bytes: from sm_90a on addresses are reloaded once for
 //   each
 //      tile. Half the rows again did not help, and would double the softmax's part
 constexpr MmaSizes kMmaSizes[] = {
@@ -70,7 +70,7 @@ constexpr MmaSizes kMmaSizes[] = {
     {MmaPass::kKeyGradient, true, 32, 1, 64},      // 25 KB, 208 / 234, 2 / 2: b
     {MmaPass::kKeyGradient, true, 64, 1, 32},      // 32 KB, 194 / 236, 2 / 2: b c
     {MmaPass::kKeyGradient, true, 96, 1, 32},      // 48 KB, 221 / 236, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 128, 1, 32},     // 64 KB, 250 / 252, 2 / 2: b c
+    {MmaPass::kKeyGradient, true, 128, 1, 32},     // 64 KB, 250 / 255, 2 / 2: b c e
     {MmaPass::kKeyGradient, true, 192, 1, 32},     // 96 KB, 216 / 236, 1 / 2: b c
     {MmaPass::kKeyGradient, true, 256, 1, 16},     // 96 KB, 229 / 234, 1 / 2: b d
 };
