@@ -47,7 +47,7 @@ COLUMNS: Mapping[str, bool] = {
     "tensor": False,  # matrix instructions
 }
 # Kernels that may have a stack, spill, or touch local memory in a loop, and why.
-_ADDRESSES = "reloads up to seven addresses for each tile of keys; csrc/attention/attention_mma_tiles.h"
+_ADDRESSES = "up to seven addresses are loaded again for each tile; see attention_mma_tiles.h"
 LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {
     "attention_mma_backward_kernel": _ADDRESSES,
     "attention_mma_forward_kernel": _ADDRESSES,

@@ -24,17 +24,14 @@ constexpr int kMmaStages = 2;
 // Not yet timed on a GPU. Beside each row what nvcc makes of it: KB of shared memory, the most
 // registers on sm_80 / from sm_90a to sm_120, blocks for which a multiprocessor of sm_80 / sm_90
 // has room. What decided:
-//   a  two row tiles, so that each fragment of k or v that is read from shared memory is used
-//   twice;
-//      with one, reading takes as long as the products on sm_80, and longer on sm_90
+//   a  two row tiles, so that each fragment of k or v read from shared memory is used twice; with
+//      one, reading takes as long as the products on sm_80, and longer on sm_90
 //   b  one row tile, for two have no room in 255 registers: options cost some 40 of them, a result
-//   of
-//      head_dim 192 alone takes 96 for each row tile, and the gradients of k and v two results
+//      of head_dim 192 alone takes 96 for each row tile, and the gradients of k and v two results
 //   c  32 other rows instead of 64, against spills: 16 registers less for each product and row tile
 //   d  and 16 instead of 32, so that a block stays below the 99 KB of sm_86, sm_89 and sm_120 (for
 //      the forward pass with options against spills)
-//   e  spills all the same, up to 80 bytes: from sm_90a on addresses are reloaded once for
-//   each
+//   e  spills all the same, up to 80 bytes: from sm_90a on addresses are reloaded once for each
 //      tile. Half the rows again did not help, and would double the softmax's part
 constexpr MmaSizes kMmaSizes[] = {
     {MmaPass::kForward, false, 32, 2, 64},         // 24 KB, 165 / 204, 3 / 2: a
@@ -88,8 +85,8 @@ struct MmaTile {
   static constexpr MmaSizes kSizes = find_mma_sizes(kPass, kOptions, kDim);
   static constexpr int kRowTiles = kSizes.row_tiles, kOthers = kSizes.others, kStages = kMmaStages;
   static constexpr int kThreads = 32 * kMmaWarps, kOwn = 16 * kRowTiles * kMmaWarps;
-  static constexpr int kBlocks =
-      2;  // all that 65,536 registers have room for beyond 168 of each thread
+  // All that 65,536 registers have room for beyond 168 of each thread.
+  static constexpr int kBlocks = 2;
   static_assert(kRowTiles > 0 && kOthers % 16 == 0, "in the table, and in whole matrix products");
 };
 
