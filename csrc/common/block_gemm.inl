@@ -118,13 +118,16 @@ static inline void gemm_stripe(int64_t m, int64_t k, const E* a, RowsA rows_a, S
 // C[m, n] (+)= A[m, k] B[k, n]. B and C are read and written in whole vectors: their rows must be
 // padded<E>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
 // lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at c[rows_c[row]].
-template <typename E, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
+//
+// Three vectors at a time. With kFours four where one would be left over: the fewer a stripe has,
+// the more of its time goes into elements of A. That pays for many rows; of a convolution's few,
+// five at a time leave too many over (1.3 times as long for 64 channels of 56 pixels).
+template <typename E, bool kFours = false, typename RowsA, typename StepsA, typename StepsB,
+          typename RowsC>
 static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const E* a, RowsA rows_a,
                                       StepsA steps_a, const E* b, StepsB steps_b, ProductSum<E>* c,
                                       RowsC rows_c, bool accumulate) {
-  // Three vectors at a time, and four where one would be left over: the fewer a stripe has, the
-  // more of its time goes into elements of A.
-  constexpr bool kHasFour = FUSED_VECTOR_BYTES == 64;
+  constexpr bool kHasFour = kFours && FUSED_VECTOR_BYTES == 64;
   int64_t left = (n + kLanes<E> - 1) / kLanes<E>;
   const auto stripe = [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -152,6 +155,6 @@ template <typename E>
 static inline void block_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t row_stride_a,
                               int64_t k_stride_a, const E* b, int64_t ldb, ProductSum<E>* c,
                               int64_t ldc, bool accumulate) {
-  indexed_block_gemm<E>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
-                        Spaced{ldc}, accumulate);
+  indexed_block_gemm<E, true>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb},
+                              c, Spaced{ldc}, accumulate);
 }
