@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -173,23 +172,6 @@ def test_threads_change_nothing(cls: type) -> None:
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     assert_all_close(step_both(cls, lambda: [leaf(torch.randn(n)) for n in shapes], steps=2))
-
-
-@pytest.mark.skipif("FUSED_HUGE" not in os.environ, reason="FUSED_HUGE=1 takes 10 GB of memory")
-def test_more_elements_than_32_bits_count() -> None:
-    """Steps of 1 from 0, and the norm of ones, on both sides of element 2^31."""
-    count = 2**31 + 3 * 8192 + 5
-    param = leaf(torch.zeros(count, dtype=torch.bfloat16))
-    param.grad = torch.ones_like(param)
-    norm = _route.kernels().total_norm([param.grad])
-    assert norm.item() == pytest.approx(count**0.5, rel=1e-12)
-    optimizer = fused.SGD([param], lr=1.0, zero_grad=True)
-    for step in range(2):  # one gathered, one kept
-        optimizer.step()
-        for part in param.detach().split(2**28):
-            assert part.min() == part.max() == -1.0 - step
-        assert not any(part.any() for part in param.grad.split(2**28))
-        param.grad.fill_(1.0)
 
 
 # --- Which parameters -----------------------------------------------------------------------------
