@@ -16,6 +16,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class _Options(Extras, total=False):
+    k: Tensor | None
+    v: Tensor | None
+    block_table: Tensor | None
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+
+
 @overload
 def attention_with_kv_cache(
     q: Tensor,
@@ -23,14 +32,8 @@ def attention_with_kv_cache(
     v_cache: Tensor,
     *,
     cache_seqlens: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    block_table: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
     return_lse: Literal[False] = False,
-    **extras: Unpack[Extras],
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -41,14 +44,8 @@ def attention_with_kv_cache(
     v_cache: Tensor,
     *,
     cache_seqlens: Tensor,
-    k: Tensor | None = None,
-    v: Tensor | None = None,
-    block_table: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = True,
-    scale: float | None = None,
     return_lse: Literal[True],
-    **extras: Unpack[Extras],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 

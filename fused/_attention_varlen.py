@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+class _Options(Extras, total=False):
+    attn_mask: Tensor | None
+    dropout_p: float
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+
+
 @overload
 def varlen_attention(
     q: Tensor,
@@ -21,13 +29,8 @@ def varlen_attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = True,
     return_lse: Literal[False] = False,
-    **extras: Unpack[Extras],
+    **options: Unpack[_Options],
 ) -> Tensor: ...
 
 
@@ -39,13 +42,8 @@ def varlen_attention(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     *,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = True,
     return_lse: Literal[True],
-    **extras: Unpack[Extras],
+    **options: Unpack[_Options],
 ) -> tuple[Tensor, Tensor]: ...
 
 
