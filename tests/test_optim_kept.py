@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +89,26 @@ def test_gradients_and_states_are_not_kept_alive() -> None:
     optimizer.state.clear()
     gc.collect()
     assert not any(reference() is not None for reference in [*gradients, *states])
+
+
+@pytest.mark.parametrize("master", ["float32", "remainder"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_step_keeps_no_reference_to_a_name(cls: type, master: str) -> None:
+    """The names of states; from Python 3.12 on they have no count that would tell."""
+    params = leaves(torch.device("cpu"))
+    optimizer = cls(params, **OPTIONS[cls], master_weights=master, ema_decay=0.9)
+    for step in range(2):
+        write_gradients(params, step)
+        optimizer.step()
+    names = [sys.intern(name) for name in optimizer.state[params[1]]]
+    before = [sys.getrefcount(name) for name in names]
+    steps = 50
+    for step in range(steps):
+        if step % 2:  # gathers, where the other half finds what was kept
+            params[0].grad = None if params[0].grad is not None else torch.ones_like(params[0])
+        optimizer.step()
+    growth = [sys.getrefcount(name) - count for name, count in zip(names, before, strict=True)]
+    assert max(growth) < steps // 4, dict(zip(names, growth, strict=True))
 
 
 # --- What may happen between two steps ------------------------------------------------------------

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "common/checks.h"
 #include "optim/kept_step.h"
 #include "optim/optim_ops.h"
 
@@ -72,7 +73,17 @@ struct StateNames {
   bool may_begin;
 };
 
+// A reference that is never given back: for names that are looked up for good.
 inline PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
+
+// By which name a parameter's state holds its master.
+inline PyObject* master_name(const std::string& name) {
+  static PyObject* const master = interned("master");
+  static PyObject* const remainder = interned("remainder");
+  FUSED_CHECK_VALUE(name == "master" || name == "remainder",
+                    "optimizer: master must be \"master\" or \"remainder\", got ", name);
+  return name == "master" ? master : remainder;
+}
 
 // The arguments that every rule has, under Python's names; see StepOptions.
 struct CommonArguments {
@@ -96,7 +107,7 @@ struct CommonArguments {
     options.ema_decay = ema_decay.value_or(0.0);
     options.rng = rng;
     has_ema = ema_decay.has_value();
-    if (master) master_name = interned(master->c_str());
+    if (master) master_name = optim_bindings::master_name(*master);
   }
 };
 

@@ -11,7 +11,8 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dty
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._step import FusedStep, Group, NewStates, number, number_and_tensor
+from fused.optim._registered import Group, number_and_tensor
+from fused.optim._step import FusedStep, NewStates, number
 
 # Parameters, gradients, first and second moments, largest second moments, steps.
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]

@@ -10,7 +10,8 @@ from torch.optim.sgd import sgd as stock_sgd
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._step import FusedStep, Group, NewStates, number, number_and_tensor
+from fused.optim._registered import Group, number_and_tensor
+from fused.optim._step import FusedStep, NewStates, number
 
 BUFFER = "momentum_buffer"
 

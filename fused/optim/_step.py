@@ -12,7 +12,7 @@ was gathered is kept for the next step, which looks whether every tensor is stil
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused import _route
-from fused.optim import _sharded, _state
-from fused.optim._kept import KeptStates
+from fused.optim import _sharded
 from fused.optim._options import INT8, OPTION_NAMES, StepOptions
+from fused.optim._registered import Group, RegisteredStep
 
-Group = dict[str, Any]
 # The gradients' norm for each group, None where none is needed.
 Norms = list[Tensor | None]
 # States that begin, with their parameters.
@@ -52,7 +51,7 @@ _REASONS = {
 }
 
 
-class FusedStep(KeptStates):
+class FusedStep(RegisteredStep):
     """Mixed into a stock optimizer, ahead of it. Subclasses say what a group's step is.
 
     Beyond the stock constructor, keyword-only and free to combine:
@@ -136,10 +135,6 @@ class FusedStep(KeptStates):
         """The rule's own arguments of the C++ call: numbers, or tensors that kernels read."""
         raise NotImplementedError
 
-    def _moments(self, group: Group) -> tuple[str, ...]:
-        """By which names a parameter's state holds its moments."""
-        raise NotImplementedError
-
     def _kernel_call(self, **arguments: Any) -> str | None:
         """The group's one C++ call; None when done, else why not."""
         raise NotImplementedError
@@ -147,10 +142,6 @@ class FusedStep(KeptStates):
     def _first_step(self, group: Group, norm: Tensor | None, new: NewStates) -> None:
         """The step of a group in which states begin, which `self.state` holds already."""
         self._kernel_step(group, norm)
-
-    def _registered_step(self, group: Group, norm: Tensor | None) -> None:
-        """The same through torch.ops.fused."""
-        raise NotImplementedError
 
     def _composite_step(self, group: Group) -> None:
         """The same by stock PyTorch's own function."""
@@ -271,74 +262,6 @@ class FusedStep(KeptStates):
             self._kept = (kernels, kernels.KeptGroups())
         return self._kept[1]
 
-    def _common(self, group: Group, norm: Tensor | None) -> dict[str, Any]:
-        """What a group's step reads whichever way it goes."""
-        grad_scale, found_inf = self._grad_scaler()
-        extras = self.extras
-        return {
-            "maximize": group["maximize"],
-            "capturable": group.get("capturable", False),
-            "grad_scale": grad_scale,
-            "found_inf": found_inf,
-            "norm": norm,
-            "max_norm": extras.max_norm,
-            "skip_nonfinite": extras.nonfinite == "skip",
-            "zero_grad": extras.zero_grad,
-        }
-
-    def _registered_arguments(self, group: Group, norm: Tensor | None) -> dict[str, Any]:
-        """The same as `_kernel_step` passes, as the registered ops take it."""
-        extras = self.extras
-        return self._common(group, norm) | {
-            "ema_decay": 0.0 if extras.ema_decay is None else extras.ema_decay,
-            "rng": self._draw_rng(group),
-        }
-
-    @staticmethod
-    def _is_composite(group: Group) -> bool:
-        """Whether stock's function makes the group's step under a tracer or a mode too."""
-        return group["differentiable"] or any(
-            p.is_complex() or p.grad.layout != torch.strided
-            for p in group["params"]
-            if p.grad is not None
-        )
-
-    def _fill(
-        self,
-        group: Group,
-        params: list[Tensor],
-        grads: list[Tensor],
-        moments: Sequence[list[Any]],
-        scales: list[Tensor],
-        masters: list[Tensor],
-        emas: list[Tensor],
-    ) -> None:
-        """Fills the lists of a registered op with the tensors of the parameters with a gradient."""
-        params += [p for p in group["params"] if p.grad is not None]
-        grads += [p.grad for p in params if p.grad is not None]
-        entries = [self.state[p] for p in params] if params else []
-        for name, moment_list in zip(self._moments(group), moments, strict=False):
-            moment_list += [entry[name] for entry in entries]
-            if self.extras.state_dtype == INT8:
-                scales += [entry[_state.scale_name(name)] for entry in entries]
-        have_master = {self.extras.master_of(p) is not None for p in params}
-        if len(have_master) > 1:
-            raise NotImplementedError(
-                f"{self._op}: params of a group must all have a master or none in a traced step, "
-                "got both 16-bit and other ones"
-            )
-        if True in have_master:
-            masters += [entry[self.extras.master_name] for entry in entries]
-        if self.extras.ema_decay is not None:
-            emas += [entry["ema"] for entry in entries]
-
-    def _draw_rng(self, group: Group) -> Tensor | None:
-        """(seed, offset) of a step's stochastic rounding, drawn on the device as dropout's is."""
-        if not self.extras.stochastic_rounding or not group["params"]:
-            return None
-        device = group["params"][0].device
-        return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
-
     def _norms(self) -> Norms:
         """The norm that each group's step reads. Sets `grad_norm`."""
         groups, extras = self.param_groups, self.extras
@@ -387,30 +310,7 @@ class FusedStep(KeptStates):
                     parameter.grad.div_(grad_scale.to(parameter.grad.device))
         self._composite_step(group)
 
-    def _grad_scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """What torch.amp.GradScaler has set on this optimizer for the time of the step."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-
 
 def number(value: float | Tensor) -> float:
     """A hyperparameter that kernels take by value only; stock reads its value too."""
     return float(value)
-
-
-def number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """A hyperparameter as the registered ops take it: the tensor goes before the number."""
-    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
-
-
-def _fake_step(*args: Any, **kwargs: Any) -> None:
-    """The registered ops return nothing, and the schema says what they change."""
-
-
-torch.library.register_fake("fused::adam_", _fake_step)
-torch.library.register_fake("fused::sgd_", _fake_step)
-torch.library.register_fake("fused::clip_by_norm_", _fake_step)
-
-
-@torch.library.register_fake("fused::total_norm")
-def _(tensors: list[Tensor], grad_scale: Tensor | None = None) -> Tensor:
-    return tensors[0].new_empty((), dtype=torch.float64)
