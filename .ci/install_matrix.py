@@ -24,14 +24,28 @@ CUDA_TORCH = os.environ.get("CUDA_TORCH", "torch==2.14.1")
 OLD_TORCH, OLD_PYTHON = "torch==2.11.0", "3.12"
 NOTHING: Mapping[str, str] = {}
 
+# Each kernel family, forward and backward, beside stock.
 SMOKE = """
-import torch, fused
-import fused.functional as F
-q = torch.randn(2, 4, 33, 16, requires_grad=True)
-ours = F.scaled_dot_product_attention(q, q, q, is_causal=True)
-stock = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-torch.testing.assert_close(ours, stock)
-ours.sum().backward()
+import copy, torch, fused
+from torch import nn
+layers = (
+    (nn.MultiheadAttention(16, 4), [torch.randn(9, 2, 16)] * 3),
+    (nn.LSTM(16, 8), [torch.randn(9, 2, 16)]),
+    (nn.Conv2d(4, 8, 3, padding="same"), [torch.randn(2, 4, 9, 7)]),
+)
+for stock, inputs in layers:
+    parent = nn.Sequential(copy.deepcopy(stock))
+    replaced = fused.patch(parent).replaced
+    assert len(replaced) == 1, replaced
+    results = []
+    for layer, optimizer in ((stock, torch.optim.AdamW), (parent[0], fused.AdamW)):
+        out = layer(*inputs)
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        optimizer(layer.parameters(), eps=1e-2).step()  # some gradients are rounding alone
+        results.append([out, *layer.parameters()])
+    for ours, expected in zip(*reversed(results)):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 assert fused.__file__.startswith({location!r}), fused.__file__
 """
 
@@ -76,7 +90,7 @@ class Environment:
         return self.run(self.python, "-m", "pip", *arguments, expect=expect, env=env)
 
     def smoke(self, source: Path | None = None) -> None:
-        """Attention forward and backward, and `info`, with the package where it should be."""
+        """SMOKE, and `info`, with the package where it should be."""
         location = str(source or self.folder)
         self.run(self.python, "-W", "error::ImportWarning", "-c", SMOKE.format(location=location))
         print(

@@ -114,20 +114,16 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
           pair_products(tiles, grad_out, first_row, v, first_key, dots);
 #pragma unroll
           for (int r = 0; r < kRowsPerThread; ++r) {
+            const int32_t row = first_row + thread_row + r;
+            const int32_t nearest = kByDistance ? nearest_distance(p, sequence, band, row) : 0;
 #pragma unroll
             for (int c = 0; c < kColumnsPerThread; ++c) {
-              const int32_t row = first_row + thread_row + r;
               const int32_t column = first_key + thread_column + 16 * c;
               const A ds =
                   score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c])
                       .gradient;
-              if (kByDistance) {
-                const int32_t distance = alibi_distance(sequence, row, column);
-                sums[r][c] -=
-                    ds * static_cast<A>(distance - nearest_distance(p, sequence, band, row));
-              } else {
-                sums[r][c] += ds;
-              }
+              const int32_t distance = nearest - alibi_distance(sequence, row, column);
+              sums[r][c] += kByDistance ? ds * static_cast<A>(distance) : ds;
             }
           }
         }

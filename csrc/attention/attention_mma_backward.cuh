@@ -71,36 +71,28 @@ struct Gradients {
                                         bool whole, const TermsOf& terms_of,
                                         float (&scores)[kM][kN][4],
                                         float (&dots)[kM][kN][4]) const {
-    const int lane = threadIdx.x % kWarpSize;
     const float scale = static_cast<float>(p.scale);
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const RowTerms terms = terms_of(m, i / 2, n, i % 2);
-          Score<float> score{scores[m][n][i] * scale, 1.0f};
-          float keep = 1;
-          if (kOptions || !whole) {
-            const int32_t own = first_own + 16 * m + lane / 4 + i / 2 * 8;
-            const int32_t other = first_other + 8 * n + lane % 4 * 2 + i % 2;
-            const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
-            score = row < sequence.seqlen_q && column < sequence.seqlen_k
-                        ? final_score<float, kOptions>(p, sequence, band, head, row, column,
-                                                       scores[m][n][i])
-                        : Score<float>{kHiddenScore<float>, 0.0f};
-            if (kOptions && p.maybe_rng != nullptr) {
-              keep = dropout_scale<float>(p, sequence, head, row, column);
-            }
-          }
-          const float probability = exp_below(score.value, terms.max_log2) * terms.factor;
-          const auto weight = weigh_score(score, probability, keep, dots[m][n][i], terms.delta);
-          scores[m][n][i] = weight.kept;
-          dots[m][n][i] = weight.gradient * weight.slope;
+    for_each_element<kM, kN>([&](int m, int n, int i) {
+      const RowTerms terms = terms_of(m, i / 2, n, i % 2);
+      Score<float> score{scores[m][n][i] * scale, 1.0f};
+      float keep = 1;
+      if (kOptions || !whole) {
+        const int32_t own = first_own + row_of_element(m, i);
+        const int32_t other = first_other + column_of_element(n, i);
+        const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
+        score = row < sequence.seqlen_q && column < sequence.seqlen_k
+                    ? final_score<float, kOptions>(p, sequence, band, head, row, column,
+                                                   scores[m][n][i])
+                    : Score<float>{kHiddenScore<float>, 0.0f};
+        if (kOptions && p.maybe_rng != nullptr) {
+          keep = dropout_scale<float>(p, sequence, head, row, column);
         }
       }
-    }
+      const float probability = exp_below(score.value, terms.max_log2) * terms.factor;
+      const auto weight = weigh_score(score, probability, keep, dots[m][n][i], terms.delta);
+      scores[m][n][i] = weight.kept;
+      dots[m][n][i] = weight.gradient * weight.slope;
+    });
   }
 };
 
@@ -156,7 +148,7 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
     }
   };
 
-  const int lane = threadIdx.x % kWarpSize, warp_row = threadIdx.x / kWarpSize * 16 * kM;
+  const int warp_row = threadIdx.x / kWarpSize * 16 * kM;
   const int32_t own_row = place.own_row + warp_row;
   const int32_t last_own_row = min(own_row + 16 * kM, own_length) - 1;
   RowTerms own_terms[kM][2];
@@ -165,8 +157,8 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int32_t row = own_row + 16 * m + lane / 4 + 8 * half;
-        own_terms[m][half] = load_row_terms(p, sequence, place.head, row);
+        own_terms[m][half] =
+            load_row_terms(p, sequence, place.head, own_row + row_of_element(m, 2 * half));
       }
     }
   }
@@ -216,7 +208,7 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
       block.weigh(
           head, own_row, other_row, seen == Sight::kAll && num_others == Tile::kOthers,
           [&](int m, int half, int n, int i) {
-            return kOwnsQueries ? own_terms[m][half] : terms[8 * n + lane % 4 * 2 + i];
+            return kOwnsQueries ? own_terms[m][half] : terms[column_of_element(n, i)];
           },
           scores, dots);
       uint32_t weights[kM][kN / 2][4];

@@ -34,23 +34,15 @@ template <bool kOptions, int kM, int kN>
 __device__ __forceinline__ void finish_scores(const AttentionForwardParams& p, const Band& band,
                                               const MmaPlace& place, int32_t first_row,
                                               int32_t first_key, float (&scores)[kM][kN][4]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t row = first_row + 16 * m + lane / 4 + i / 2 * 8;
-        const int32_t column = first_key + 8 * n + lane % 4 * 2 + i % 2;
-        scores[m][n][i] = row < place.sequence.seqlen_q && column < place.sequence.seqlen_k
-                              ? final_score<float, kOptions>(p, place.sequence, band, place.head,
-                                                             row, column, scores[m][n][i])
-                                    .value
-                              : kHiddenScore<float>;
-      }
-    }
-  }
+  for_each_element<kM, kN>([&](int m, int n, int i) {
+    const int32_t row = first_row + row_of_element(m, i);
+    const int32_t column = first_key + column_of_element(n, i);
+    scores[m][n][i] = row < place.sequence.seqlen_q && column < place.sequence.seqlen_k
+                          ? final_score<float, kOptions>(p, place.sequence, band, place.head, row,
+                                                         column, scores[m][n][i])
+                                .value
+                          : kHiddenScore<float>;
+  });
 }
 
 // Turns scores into exp(score - max), and brings what was summed up so far to the new maximum.
@@ -101,19 +93,11 @@ template <int kM, int kN>
 __device__ __forceinline__ void drop(const AttentionForwardParams& p, const MmaPlace& place,
                                      int32_t first_row, int32_t first_key,
                                      float (&weights)[kM][kN][4]) {
-  const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int32_t row = first_row + 16 * m + lane / 4 + i / 2 * 8;
-        const int32_t column = first_key + 8 * n + lane % 4 * 2 + i % 2;
-        weights[m][n][i] *= dropout_scale<float>(p, place.sequence, place.head, row, column);
-      }
-    }
-  }
+  for_each_element<kM, kN>([&](int m, int n, int i) {
+    const int32_t row = first_row + row_of_element(m, i);
+    const int32_t column = first_key + column_of_element(n, i);
+    weights[m][n][i] *= dropout_scale<float>(p, place.sequence, place.head, row, column);
+  });
 }
 
 // Ends the softmax: log-sum-exp and row stats of the warp's rows go to memory, and what the rows of
@@ -134,7 +118,7 @@ __device__ __forceinline__ void end_softmax(const AttentionForwardParams& p, con
       const float rounding = max == -INFINITY ? 1.0f : rounding_factor(max, max * kLog2E);
       const RowEnd<float> end = end_row(p, place.head, max, sum * rounding);
       scale[m][half] = end.scale * rounding;
-      const int32_t row = first_row + 16 * m + lane / 4 + 8 * half;
+      const int32_t row = first_row + row_of_element(m, 2 * half);
       if (lane % 4 == 0 && row < place.sequence.seqlen_q) {
         store_row_end(p, row_of_all(p, place.sequence, place.head, row), end);
       }
@@ -202,14 +186,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     float scores[kM][kN][4];
     row_products<kDim>(memory.own, warp_row, memory.k[stage], scores);
     if (!kOptions && seen == Sight::kAll && num_keys == Tile::kOthers) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) scores[m][n][i] *= scale;
-        }
-      }
+      for_each_element<kM, kN>([&](int m, int n, int i) { scores[m][n][i] *= scale; });
     } else {
       finish_scores<kOptions>(p, band, place, first_row, key, scores);
     }

@@ -71,19 +71,34 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// sums[m][n] of rows own_row + 16m .. and other rows 8n .. .
-template <int kDim, int kM, int kN, typename T>
-__device__ __forceinline__ void row_products(const T* own, int own_row, const T* other,
-                                             float (&sums)[kM][kN][4]) {
-  const int lane = threadIdx.x % kWarpSize;
+// Where a lane's element [m][n][i] of a warp's kM by kN tiles of sums lies.
+__device__ __forceinline__ int row_of_element(int m, int i) {
+  return 16 * m + static_cast<int>(threadIdx.x) % kWarpSize / 4 + i / 2 * 8;
+}
+__device__ __forceinline__ int column_of_element(int n, int i) {
+  return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+}
+
+// Calls visit(m, n, i) for each element that a lane holds; all indices are constants to the
+// compiler.
+template <int kM, int kN, typename Visit>
+__device__ __forceinline__ void for_each_element(const Visit& visit) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[m][n][i] = 0;
+      for (int i = 0; i < 4; ++i) visit(m, n, i);
     }
   }
+}
+
+// sums[m][n] of rows own_row + 16m .. and other rows 8n .. .
+template <int kDim, int kM, int kN, typename T>
+__device__ __forceinline__ void row_products(const T* own, int own_row, const T* other,
+                                             float (&sums)[kM][kN][4]) {
+  const int lane = threadIdx.x % kWarpSize;
+  for_each_element<kM, kN>([&](int m, int n, int i) { sums[m][n][i] = 0; });
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[kM][4];

@@ -28,6 +28,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -43,8 +44,12 @@ DOES_NOT_COMPILE = "does not compile"  # no mutant, then: it counts for nothing
 TIMEOUT = 300  # seconds, building apart; an endless loop is a mutant noticed
 
 # The tests that answer for a file or else its folder, those first that notice most; csrc/common is
-# met by its users'.
+# met by its users'. A name may be a pattern; the first that fits counts.
 TESTS = {
+    "csrc/attention/attention_mma*": [
+        "tests/test_attention_tensor_cores.py",
+        "tests/test_attention_options.py",
+    ],
     "attention": [
         "tests/test_attention.py",
         "tests/test_attention_options.py",
@@ -193,17 +198,24 @@ def run_tests(tests: Iterable[str], variant: str, keyword: str) -> tuple[bool, s
     raise SystemExit(f"pytest ended with {answer.returncode}:\n{answer.stdout}{answer.stderr}")
 
 
+def tests_for(path: str) -> list[str]:
+    names = (path, path.split("/")[1])
+    return next(tests for name in names for key, tests in TESTS.items() if fnmatch(name, key))
+
+
 def killer_of(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
     path = TREE / mutant.path
-    tests = TESTS.get(mutant.path) or TESTS[mutant.path.split("/")[1]]
+    tests = tests_for(mutant.path)
+    # Tensor cores take 16 bits.
+    few = f"emulated and {'float16' if '_mma' in mutant.path else 'float32'}"
     try:
         path.write_text(mutant.text)
         for variant, keyword, files in (
-            ("quick", "emulated and float32", tests[:1]),
+            ("quick", few, tests[:1]),
             ("quick", "emulated", tests),
-            ("races", "emulated and float32", tests),
-            ("sanitized", "emulated and float32", tests),
+            ("races", few, tests),
+            ("sanitized", few, tests),
         ):
             passed, killer = run_tests(files, variant, keyword)
             if not passed:
