@@ -138,9 +138,10 @@ def test_a_repeated_run_is_bitwise_equal(name: str, backend: torch.device) -> No
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_number_of_threads_changes_nothing(case: ConvCase) -> None:
-    tensors, options = case.make(torch.float32, "cpu")
+def test_the_number_of_threads_changes_nothing(case: ConvCase, dtype: torch.dtype) -> None:
+    tensors, options = case.make(dtype, "cpu")
     grad_out = draw_grad_out(case, tensors, options)
     results = []
     threads = torch.get_num_threads()

@@ -2,29 +2,6 @@
 // numbers in the accumulator's type, or as pairs of bfloat16 where the CPU multiplies those. Part
 // of attention_cpu.inl.
 
-// The elements that a product over a tensor of T's multiplies, and the steps of k in each.
-template <typename T>
-struct OperandOf {
-  using type = Accumulator<T>;
-};
-template <typename E>
-constexpr int32_t kSteps = 1;
-#if FUSED_BFLOAT16_PAIRS
-template <>
-struct OperandOf<BFloat16> {
-  using type = Pair;
-};
-template <>
-constexpr int32_t kSteps<Pair> = 2;
-#endif
-template <typename T>
-using Operand = typename OperandOf<T>::type;
-
-template <typename E>
-static inline int32_t num_elements(int32_t steps) {
-  return (steps + kSteps<E> - 1) / kSteps<E>;
-}
-
 // One head of a [B, H, S, D] tensor.
 template <typename T>
 struct HeadMatrix {
@@ -138,14 +115,7 @@ static inline TileRows<Pair> over_rows(const HeadMatrix<BFloat16>& matrix, int32
     const BFloat16 *low = matrix.row(row + j),
                    *maybe_high = j + 1 < rows ? low + matrix.row_stride : nullptr;
     Pair* to = buffer + j / 2 * stride;
-    if (maybe_high != nullptr) {
-#pragma omp simd
-      for (int32_t d = 0; d < matrix.columns; ++d) {
-        to[d].bits = low[d].bits | static_cast<uint32_t>(maybe_high[d].bits) << 16;
-      }
-    } else {
-      for (int32_t d = 0; d < matrix.columns; ++d) to[d].bits = low[d].bits;
-    }
+    join_pairs(low, maybe_high, 1, matrix.columns, to, 1);
     std::memset(to + matrix.columns, 0, (stride - matrix.columns) * sizeof(Pair));
   }
   return {buffer, stride};

@@ -8,6 +8,13 @@ struct __attribute__((may_alias, packed)) Pair {
 };
 
 template <>
+struct OperandOf<BFloat16> {
+  using type = Pair;
+};
+template <>
+constexpr int64_t kSteps<Pair> = 2;
+
+template <>
 struct VectorOf<Pair> {
   typedef uint32_t type __attribute__((vector_size(FUSED_VECTOR_BYTES), may_alias));
   typedef uint32_t unaligned_type
@@ -37,4 +44,25 @@ static inline void store_pairs(const float* low, const float* high, Pair* to) {
 static inline void store_neighbours(const float* from, Pair* to) {
   _mm512_storeu_si512(
       to, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(from + 16), _mm512_loadu_ps(from)));
+}
+
+// to[i * to_stride] = (low[i * stride], maybe_high[i * stride]) as they are, with zeros for the
+// second where there is none.
+static inline void join_pairs(const BFloat16* low, const BFloat16* maybe_high, int64_t stride,
+                              int64_t count, Pair* to, int64_t to_stride) {
+  if (maybe_high == nullptr) {
+    for (int64_t i = 0; i < count; ++i) to[i * to_stride].bits = low[i * stride].bits;
+  } else if (maybe_high == low + 1 && stride == 2 && to_stride == 1) {
+    std::memcpy(to, low, count * sizeof(Pair));
+  } else if (stride == 1 && to_stride == 1) {
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) {
+      to[i].bits = low[i].bits | static_cast<uint32_t>(maybe_high[i].bits) << 16;
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      to[i * to_stride].bits =
+          low[i * stride].bits | static_cast<uint32_t>(maybe_high[i * stride].bits) << 16;
+    }
+  }
 }

@@ -25,6 +25,21 @@ struct ProductOf {
 template <typename E>
 using ProductSum = typename ProductOf<E>::Sum;
 
+// The elements that a product over a tensor of T's multiplies, and the steps of k in each.
+template <typename T>
+struct OperandOf {
+  using type = Accumulator<T>;
+};
+template <typename T>
+using Operand = typename OperandOf<T>::type;
+template <typename E>
+constexpr int64_t kSteps = 1;
+
+template <typename E>
+static inline int64_t num_elements(int64_t steps) {
+  return (steps + kSteps<E> - 1) / kSteps<E>;
+}
+
 // Elements in a vector register.
 template <typename A>
 constexpr int64_t kLanes = FUSED_VECTOR_BYTES / sizeof(A);
@@ -92,15 +107,19 @@ static inline void gemm_tile(int64_t k, const E* a, RowsA rows_a, StepsA steps_a
   }
 }
 
+// Vectors in the widest stripe that is worth its registers.
+constexpr int kMostVectors = FUSED_VECTOR_BYTES == 64 ? 4 : 3;
+
 // All rows of one stripe of kVectors columns of vectors.
 template <typename E, int kVectors, typename RowsA, typename StepsA, typename StepsB,
           typename RowsC>
 static inline void gemm_stripe(int64_t m, int64_t k, const E* a, RowsA rows_a, StepsA steps_a,
                                const E* b, StepsB steps_b, ProductSum<E>* c, RowsC rows_c,
                                bool accumulate) {
-  // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A. (Six
-  // rows of four fit too, but g++ 12 keeps more than one element of A there and spills.)
-  constexpr int kRows = FUSED_VECTOR_BYTES != 64 ? 4 : kVectors == 4 ? 5 : 8;
+  // 32 registers with AVX-512, 16 otherwise: kRows * kVectors sums, one row of B, one of A. (Five
+  // rows of four fit too and are no faster; they leave rows over more often. Six are: g++ 12 keeps
+  // more than one element of A there and spills.)
+  constexpr int kRows = FUSED_VECTOR_BYTES == 64 && kVectors != 4 ? 8 : 4;
   int64_t row = 0;
   const auto tile = [&](auto rows) {
     constexpr int kTileRows = decltype(rows)::value;
@@ -119,15 +138,12 @@ static inline void gemm_stripe(int64_t m, int64_t k, const E* a, RowsA rows_a, S
 // padded<E>(n) long, and what B holds there must be finite or ignored by the caller. A's elements
 // lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at c[rows_c[row]].
 //
-// Three vectors at a time. With kFours four where one would be left over: the fewer a stripe has,
-// the more of its time goes into elements of A. That pays for many rows; of a convolution's few,
-// five at a time leave too many over (1.3 times as long for 64 channels of 56 pixels).
-template <typename E, bool kFours = false, typename RowsA, typename StepsA, typename StepsB,
-          typename RowsC>
+// Three vectors at a time, four where one would be left over and there are the registers: the fewer
+// a stripe has, the more of its time goes into elements of A.
+template <typename E, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
 static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const E* a, RowsA rows_a,
                                       StepsA steps_a, const E* b, StepsB steps_b, ProductSum<E>* c,
                                       RowsC rows_c, bool accumulate) {
-  constexpr bool kHasFour = kFours && FUSED_VECTOR_BYTES == 64;
   int64_t left = (n + kLanes<E> - 1) / kLanes<E>;
   const auto stripe = [&](auto vectors) {
     constexpr int kVectors = decltype(vectors)::value;
@@ -137,8 +153,8 @@ static inline void indexed_block_gemm(int64_t m, int64_t n, int64_t k, const E* 
     left -= kVectors;
   };
   while (left > 0) {
-    if (kHasFour && left % 3 != 0 && (left == 4 || left >= 7)) {
-      stripe(std::integral_constant<int, kHasFour ? 4 : 3>{});
+    if (kMostVectors == 4 && left % 3 != 0 && (left == 4 || left >= 7)) {
+      stripe(std::integral_constant<int, kMostVectors>{});
     } else if (left >= 3) {
       stripe(std::integral_constant<int, 3>{});
     } else if (left == 2) {
@@ -155,6 +171,6 @@ template <typename E>
 static inline void block_gemm(int64_t m, int64_t n, int64_t k, const E* a, int64_t row_stride_a,
                               int64_t k_stride_a, const E* b, int64_t ldb, ProductSum<E>* c,
                               int64_t ldc, bool accumulate) {
-  indexed_block_gemm<E, true>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb},
-                              c, Spaced{ldc}, accumulate);
+  indexed_block_gemm<E>(m, n, k, a, Spaced{row_stride_a}, Spaced{k_stride_a}, b, Spaced{ldb}, c,
+                        Spaced{ldc}, accumulate);
 }

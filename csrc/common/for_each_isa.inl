@@ -4,6 +4,9 @@
 // FUSED_ISA_DISPATCH(function, ...) then calls the current instruction set's function.
 // FUSED_VECTOR_BYTES is the width of a vector register there.
 //
+// A file that defines FUSED_MULTIPLIES_BFLOAT16 as 1 before (and includes <immintrin.h> where
+// FUSED_X86 is set) has its kernels compiled and run for avx512_bf16.inl's set too.
+//
 // No include guard: a file uses it once.
 
 #define FUSED_VECTOR_BYTES 16
@@ -43,9 +46,17 @@ namespace avx512 {
 #undef FUSED_VECTOR_BYTES
 #pragma GCC pop_options
 
-#define FUSED_ISA_DISPATCH(function, ...)                                          \
-  (::fused::current_isa() >= ::fused::Isa::kAvx512 ? avx512::function(__VA_ARGS__) \
-   : ::fused::current_isa() == ::fused::Isa::kAvx2 ? avx2::function(__VA_ARGS__)   \
+#if FUSED_MULTIPLIES_BFLOAT16
+#include "common/avx512_bf16.inl"
+#define FUSED_AVX512_DISPATCH(function, ...)                                                \
+  (::fused::current_isa() == ::fused::Isa::kAvx512Bf16 ? avx512_bf16::function(__VA_ARGS__) \
+                                                       : avx512::function(__VA_ARGS__))
+#else
+#define FUSED_AVX512_DISPATCH(function, ...) avx512::function(__VA_ARGS__)
+#endif
+#define FUSED_ISA_DISPATCH(function, ...)                                                         \
+  (::fused::current_isa() >= ::fused::Isa::kAvx512 ? FUSED_AVX512_DISPATCH(function, __VA_ARGS__) \
+   : ::fused::current_isa() == ::fused::Isa::kAvx2 ? avx2::function(__VA_ARGS__)                  \
                                                    : generic::function(__VA_ARGS__))
 #else
 #define FUSED_ISA_DISPATCH(function, ...) generic::function(__VA_ARGS__)

@@ -21,7 +21,7 @@ struct BackwardWeight {
   BackwardWeight(const ConvBackwardWeightParams& p, const Correlation& c)
       : p(p),
         c(c),
-        width(panel_width(c.rows, kLanes<A>)),
+        width(panel_width(c.rows, kLanes<A>, kMostVectors)),
         panels(ceil_div(c.rows, width)),
         block(p.maybe_grad_weight == nullptr ? 0 : std::min<int64_t>(c.depth, 64)),
         blocks(block == 0 ? 1 : ceil_div(c.depth, block)),
@@ -79,8 +79,8 @@ struct BackwardWeight {
       pack_grad_output(item, unit, packed);
       if (item.channels > 0) {
         const SourceView view = source.view(c, unit);
-        const A* from =
-            read_source<T>(c, source, unit, view, item.group * c.depth + item.first, tile);
+        const A* from = read_source<T>(c, source, unit, view, item.group * c.depth + item.first,
+                                       item.channels, tile);
         // A tap's channels fill the rows of a product where they are many; else all taps do.
         if (item.channels >= 8) {
           products.by_tap(c, unit, view, item.order, width);

@@ -2,36 +2,38 @@
 // along output channels.
 //
 // A unit (some rows of an image, or some images) is a matrix product of pixels by channels, in
-// panels of up to three vectors: the left side is the source, read through the offsets of Products,
+// panels of up to four vectors: the left side is the source, read through the offsets of Products,
 // the right side is the weight. The sums of a panel stay in cache until they are finished and go
 // out as the result lies, transposed where that is by planes.
 
 template <typename T>
 struct DenseCorrelation {
   using A = Accumulator<T>;
+  using E = Operand<T>;
   const Correlation& c;
-  StepOrder order;
+  StepOrder order;  // of elements: pairs of channels where the CPU multiplies those
   int64_t width, panels;
   UnitGrid units;
   SourcePlan source;
   std::vector<AxisRun> runs[3];
-  Scratch<A> weights;
+  Scratch<E> weights;
 
   explicit DenseCorrelation(const Correlation& c)
       : c(c),
-        order(c.depth, c.taps, c.weight_stride.depth, c.weight_stride.tap[2]),
-        width(panel_width(c.rows, kLanes<A>)),
+        order(num_elements<E>(c.depth), c.taps, c.weight_stride.depth, c.weight_stride.tap[2]),
+        width(panel_width(c.rows, kLanes<A>, kMostVectors)),
         panels(ceil_div(c.rows, width)),
         units(unit_shape(c.count, c.batch, target_pixels()), c.batch, c.count),
-        source(c, units.shape, c.depth, reads_directly()),
+        source(c, units.shape, order.channels, reads_directly()),
         runs{axis_runs(c, 0), axis_runs(c, 1), axis_runs(c, 2)},
-        weights(pack_weights<T>(c, order, width)) {}
+        weights(weight_elements<T, E>(c, order, width)) {}
 
   // A unit's source and the sums of a panel stay in a second-level cache; units enough for some
   // cores.
   int64_t target_pixels() const {
     const int64_t all = int64_t{c.batch} * c.count[0] * c.count[1] * c.count[2];
-    const int64_t most = std::clamp<int64_t>(131072 / std::max<int64_t>(1, c.depth), 64, 512);
+    const int64_t most =
+        std::clamp<int64_t>(131072 / std::max<int64_t>(1, order.channels), 64, 512);
     return std::clamp<int64_t>(all * c.groups * panels / 16, 96, std::max<int64_t>(96, most));
   }
 
@@ -45,7 +47,7 @@ struct DenseCorrelation {
 
   // Sums that begin as the bias.
   void begin_panel(int64_t num_pixels, int64_t channel, int64_t count, A* sums) const {
-    alignas(64) A bias[3 * kLanes<A>] = {};
+    alignas(64) A bias[kMostVectors * kLanes<A>] = {};
     if (c.maybe_bias != nullptr) {
       for (int64_t i = 0; i < count; ++i) {
         bias[i] = load(static_cast<const T*>(c.maybe_bias)[channel + i]);
@@ -81,14 +83,14 @@ struct DenseCorrelation {
 
   // One panel of a unit.
   void run_panel(const Unit& unit, int64_t group, int64_t panel, const Products& products,
-                 const A* from, A* sums) const {
+                 const E* from, A* sums) const {
     const int64_t row = panel * width, count = std::min(width, c.rows - row);
     const int64_t num_pixels = unit.images * unit.rows * unit.columns;
-    const A* weight = weights.data() + (group * panels + panel) * order.size() * width;
+    const E* weight = weights.data() + (group * panels + panel) * order.size() * width;
     begin_panel(num_pixels, group * c.rows + row, count, sums);
     for (const Products::Product& p : products.list) {
       if (p.num_steps == 0) continue;
-      blocked_sums<A>(p.num_pixels, count, p.num_steps, from,
+      blocked_sums<E>(p.num_pixels, count, p.num_steps, from,
                       Listed{products.pixel_source.data() + p.pixel},
                       Listed{products.step_source.data() + p.step}, weight,
                       Listed{products.step_row.data() + p.step}, sums,
@@ -109,7 +111,8 @@ struct DenseCorrelation {
     const int64_t cost = pixels * (order.size() + 8) * ceil_div(c.rows, parts);
     const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(1, cost));
     parallel_for(0, blocks * parts, grain, [&](int64_t begin, int64_t end) {
-      const Scratch<A> tile(source.tile_size), sums(pixels * width);
+      const Scratch<E> tile(source.tile_size);
+      const Scratch<A> sums(pixels * width);
       Products products;
       for (int64_t index = begin; index < end; ++index) {
         const int64_t block = index / parts, part = index % parts;
@@ -117,7 +120,8 @@ struct DenseCorrelation {
         const Unit unit = units.at(block / c.groups);
         const SourceView view = source.view(c, unit);
         products.by_class(c, runs, unit, view, order, width);
-        const A* from = read_source<T>(c, source, unit, view, group * c.depth, tile.data());
+        const E* from =
+            read_source<T>(c, source, unit, view, group * c.depth, c.depth, tile.data());
         for (int64_t p = panels * part / parts; p < panels * (part + 1) / parts; ++p) {
           run_panel(unit, group, p, products, from, sums.data());
         }

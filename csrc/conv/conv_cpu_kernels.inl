@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -13,6 +14,10 @@
 #include "conv/conv_cpu_kernels.h"
 #include "conv/conv_cpu_plan.h"
 #include "conv/conv_cpu_products.h"
+
+#if FUSED_X86
+#include <immintrin.h>
+#endif
 
 #define FUSED_CPU_KERNELS "conv/conv_cpu.inl"
 #include "common/for_each_isa.inl"

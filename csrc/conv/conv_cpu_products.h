@@ -240,11 +240,12 @@ struct Products {
   }
 };
 
-// Columns of a weight's panel: whole vectors of output channels, three at a time, two where that
-// leaves no single one over.
-inline int64_t panel_width(int64_t channels, int64_t lanes) {
+// Columns of a weight's panel: whole vectors of output channels, at most four or three at a time
+// (`most`), one fewer where that leaves no single one over.
+inline int64_t panel_width(int64_t channels, int64_t lanes, int64_t most) {
   const int64_t vectors = std::max<int64_t>(1, ceil_div(channels, lanes));
-  return lanes * std::min<int64_t>(vectors, vectors % 3 == 1 ? 2 : 3);
+  const bool fewer = vectors % most == 1 || (most == 4 && vectors % 3 == 0);
+  return lanes * std::min(vectors, fewer ? most - 1 : most);
 }
 
 }  // namespace fused

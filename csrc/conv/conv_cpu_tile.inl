@@ -188,6 +188,41 @@ static Scratch<Accumulator<T>> pack_weights(const Correlation& c, const StepOrde
   return packed;
 }
 
+// The same as elements of a product: numbers are elements already.
+template <typename T, typename E>
+static Scratch<E> weight_elements(const Correlation& c, const StepOrder& order, int64_t width) {
+  if constexpr (kSteps<E> == 1) {
+    return pack_weights<T>(c, order, width);
+  }
+#if FUSED_BFLOAT16_PAIRS
+  else {
+    const StepOrder by_one(c.depth, c.taps, c.weight_stride.depth, c.weight_stride.tap[2]);
+    const Scratch<float> numbers = pack_weights<T>(c, by_one, width);
+    const int64_t panels = c.groups * ceil_div(c.rows, width), steps = order.size();
+    Scratch<Pair> packed(std::max<int64_t>(1, panels * steps * width));
+    const Scratch<float> zeros(width);
+    std::fill(zeros.data(), zeros.data() + width, 0.0f);
+    const int64_t taps = order.num_taps();
+    const int64_t grain = std::max<int64_t>(1, 16384 / width);
+    parallel_for(0, panels * steps, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / steps, step = index % steps;
+        const int64_t d = 2 * (order.tap_major ? step % order.channels : step / taps);
+        const int64_t tap = order.tap_major ? step / order.channels : step % taps;
+        const float* const from = numbers.data() + panel * by_one.size() * width;
+        const float* const low = from + by_one.at(d, tap) * width;
+        const float* const high =
+            d + 1 < c.depth ? from + by_one.at(d + 1, tap) * width : zeros.data();
+        for (int64_t i = 0; i < width; i += kLanes<Pair>) {
+          store_pairs(low + i, high + i, packed.data() + index * width + i);
+        }
+      }
+    });
+    return packed;
+  }
+#endif
+}
+
 // Rows of finished sums get their bias, are kept if the backward pass wants them, go through the
 // activation and out. `for_each_run(visit)` calls visit(first, length, dest_offset, dest_stride).
 template <typename T, typename Runs>
@@ -204,10 +239,28 @@ static inline void finish_row(const Correlation& c, Accumulator<T>* sums, int64_
   });
 }
 
-// A tile of a SourcePlan: the piece of the source that a unit reads, in accumulators.
-template <typename T>
-static void pack_source(const Correlation& c, const SourcePlan& plan, const Unit& unit,
-                        const SourceView& view, const T* source, Accumulator<T>* tile) {
+// to[i * to_stride] = the element whose first channel is from[i * from_stride]: of as many channels
+// as an element has, or where `whole` is false of one fewer.
+template <typename T, typename A>
+static inline void pack_elements(A* to, int64_t to_stride, const T* from, int64_t from_stride,
+                                 int64_t count, int64_t, bool) {
+  if (to_stride == 1) return pack_row(to, count, from, from_stride, 0, 1, count);
+  for (int64_t i = 0; i < count; ++i) to[i * to_stride] = load(from[i * from_stride]);
+}
+#if FUSED_BFLOAT16_PAIRS
+static inline void pack_elements(Pair* to, int64_t to_stride, const BFloat16* from,
+                                 int64_t from_stride, int64_t count, int64_t channel_stride,
+                                 bool whole) {
+  join_pairs(from, whole ? from + channel_stride : nullptr, from_stride, count, to, to_stride);
+}
+#endif
+
+// The elements of `count` times `whole` channels of a unit's piece of the source, into its tile.
+template <typename T, typename E>
+static void pack_channels(const Correlation& c, const SourcePlan& plan, const Unit& unit,
+                          const SourceView& view, const T* source, int64_t count, bool whole,
+                          E* tile) {
+  const int64_t channel_stride = c.source_stride.channel;
   BoxAxis<2> space[3];  // strides of the source and of the tile
   for (int axis = 0; axis < 3; ++axis) {
     const int64_t inside = c.source_size[axis] - view.origin[axis];
@@ -217,50 +270,51 @@ static void pack_source(const Correlation& c, const SourcePlan& plan, const Unit
                    {c.source_stride.space[axis], view.stride.space[axis]}};
   }
   const BoxAxis<2> image{unit.images, {c.source_stride.outer, view.stride.outer}};
-  const BoxAxis<2> channel{plan.channels, {c.source_stride.channel, view.stride.channel}};
+  const BoxAxis<2> channel{count, {kSteps<E> * channel_stride, view.stride.channel}};
   const Box<2> box =
       collapse<2>(plan.by_channel ? Box<2>{image, space[0], space[1], space[2], channel}
                                   : Box<2>{image, channel, space[0], space[1], space[2]});
-  const auto& [count, stride] = box[4];
-  const auto nest = [&](const auto& self, int axis, const T* from, Accumulator<T>* to) -> void {
-    if (axis < 4) {
-      for (int64_t i = 0; i < box[axis].count; ++i) {
-        self(self, axis + 1, from + i * box[axis].stride[0], to + i * box[axis].stride[1]);
-      }
-    } else if (stride[1] == 1) {
-      pack_row(to, count, from, stride[0], 0, 1, count);
-    } else {
-      for (int64_t i = 0; i < count; ++i) to[i * stride[1]] = load(from[i * stride[0]]);
+  const auto nest = [&](const auto& self, int axis, const T* from, E* to) -> void {
+    const auto& [size, stride] = box[axis];
+    if (axis == 4)
+      return pack_elements(to, stride[1], from, stride[0], size, channel_stride, whole);
+    for (int64_t i = 0; i < size; ++i) {
+      self(self, axis + 1, from + i * stride[0], to + i * stride[1]);
     }
   };
   nest(nest, 0, source, tile);
 }
 
-// What the offsets of Products point into for this unit, from the channel `first` on.
-template <typename T>
-static const Accumulator<T>* read_source(const Correlation& c, const SourcePlan& plan,
-                                         const Unit& unit, const SourceView& view, int64_t first,
-                                         Accumulator<T>* tile) {
+// What the offsets of Products point into for this unit, from the channel `first` on: the source
+// itself or `channels` of it in a tile of the SourcePlan, as elements of a product.
+template <typename T, typename E>
+static const E* read_source(const Correlation& c, const SourcePlan& plan, const Unit& unit,
+                            const SourceView& view, int64_t first, int64_t channels, E* tile) {
   const T* source = static_cast<const T*>(c.source) + unit.image * c.source_stride.outer +
                     first * c.source_stride.channel;
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+  if constexpr (std::is_same_v<T, E>) {
     if (plan.direct) return source;
   }
-  pack_source<T>(c, plan, unit, view, source, tile);
+  const int64_t whole = channels / kSteps<E>;
+  pack_channels<T>(c, plan, unit, view, source, whole, true, tile);
+  if (channels % kSteps<E> != 0) {
+    pack_channels<T>(c, plan, unit, view, source + whole * kSteps<E> * c.source_stride.channel, 1,
+                     false, tile + whole * view.stride.channel);
+  }
   return tile;
 }
 
 // C (+)= A B as indexed_block_gemm, long sums in blocks of kStepsInBlock: a single chain would lose
 // a digit more than the blocked products of a library do.
-template <typename A, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
-static inline void blocked_sums(int64_t m, int64_t n, int64_t k, const A* a, RowsA rows_a,
-                                StepsA steps_a, const A* b, StepsB steps_b, A* c, RowsC rows_c,
-                                bool accumulate) {
+template <typename E, typename RowsA, typename StepsA, typename StepsB, typename RowsC>
+static inline void blocked_sums(int64_t m, int64_t n, int64_t k, const E* a, RowsA rows_a,
+                                StepsA steps_a, const E* b, StepsB steps_b, ProductSum<E>* c,
+                                RowsC rows_c, bool accumulate) {
   constexpr int64_t kStepsInBlock = 96;
   int64_t first = 0;
   do {
     const int64_t steps = std::min(kStepsInBlock, k - first);
-    indexed_block_gemm<A>(m, n, steps, a, rows_a, steps_a.from(first), b, steps_b.from(first), c,
+    indexed_block_gemm<E>(m, n, steps, a, rows_a, steps_a.from(first), b, steps_b.from(first), c,
                           rows_c, accumulate || first > 0);
     first += steps;
   } while (first < k);
