@@ -74,29 +74,29 @@ def draw(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
 
 
 def test_what_they_take_in_the_emulator() -> None:
-    q = draw(1, 2, 3, 16)
+    q = draw(1, 2, 5, 16)
     assert launched([q, q, q]) == MMA
     assert launched([q.bfloat16()] * 3) == MMA
-    assert launched([draw(2, 3, 1, 16).transpose(1, 2)] * 3) == MMA
+    assert launched([draw(2, 5, 1, 16).transpose(1, 2)] * 3) == MMA
     # A stride that is never used, because there is one of it, may be anything.
-    assert launched([draw(1, 1, 51).as_strided((1, 1, 3, 16), (51, 51, 16, 1))] * 3) == MMA
+    assert launched([draw(1, 1, 85).as_strided((1, 1, 5, 16), (85, 85, 16, 1))] * 3) == MMA
     for others in (
         [q.float()] * 3,
-        [draw(1, 1, 3, 264)] * 3,
-        [draw(1, 1, 3, 12)] * 3,
-        [q, q, draw(1, 2, 3, 12)],
-        [draw(1, 2, 3, 17)[..., :16], q, q],
-        [q, draw(1, 2, 3, 17)[..., :16], q],
-        [q, q, draw(1, 2, 3, 17)[..., :16]],
-        [draw(1, 2, 3, 24)[..., 4:20], q, q],
+        [draw(1, 1, 5, 264)] * 3,
+        [draw(1, 1, 5, 12)] * 3,
+        [q, q, draw(1, 2, 5, 12)],
+        [draw(1, 2, 5, 17)[..., :16], q, q],
+        [q, draw(1, 2, 5, 17)[..., :16], q],
+        [q, q, draw(1, 2, 5, 17)[..., :16]],
+        [draw(1, 2, 5, 24)[..., 4:20], q, q],
     ):
         assert launched(others) == PORTABLE, [t.shape for t in others]
     assert launched([q, q, q], architecture=75) == PORTABLE
     # An unaligned gradient of the output is the backward pass's alone.
-    leaf = draw(2, 2, 3, 16).requires_grad_()
+    leaf = draw(2, 2, 5, 16).requires_grad_()
     with emulated_cuda() as launches:
         out = scaled_dot_product_attention(leaf, leaf, leaf)
-        torch.autograd.grad(out, leaf, draw(2, 2, 3, 17)[..., :16])
+        torch.autograd.grad(out, leaf, draw(2, 2, 5, 17)[..., :16])
     assert path_of(launches.counts()) == {"mma forward", "portable backward"}
 
 

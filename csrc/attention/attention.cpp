@@ -48,16 +48,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
                {attn_mask, alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p,
                 is_causal, scale, softcap, window_left, window_right});
 
-  at::Tensor out = empty_heads(q, v.size(-1));
-  at::Tensor lse = at::empty(rows_shape(q), q.options().dtype(compute_dtype(q)));
-  at::Tensor row_stats = at::empty(rows_shape(q, 2), lse.options());
-  if (lse.numel() == 0) return {out, lse, row_stats};
-  params.out = out.mutable_data_ptr();
-  params.lse = lse.mutable_data_ptr();
-  params.row_stats = row_stats.mutable_data_ptr();
-  params.out_strides = head_strides(out);
-  check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
-  return {out, lse, row_stats};
+  const Results results = make_results(params, q, v.size(-1));
+  if (results.lse.numel() > 0) check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
+  return {results.out, results.lse, results.row_stats};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>

@@ -87,6 +87,7 @@ struct AttentionForwardParams : AttentionProblem {
   // 1 / sum(exp(score - largest)), from which p comes out as exactly again as it was; zeros for a
   // row without keys. exp(s - lse) would lose what digits a large lse has no room for.
   void* row_stats;
+  void* maybe_partials;  // scratch on CUDA, like lse: attention_split.h says when and how much
   HeadStrides out_strides;
 };
 

@@ -134,20 +134,13 @@ std::tuple<at::Tensor, at::Tensor> attention_with_kv_cache(
                 window_left, window_right},
                &cache);
 
-  at::Tensor out = empty_heads(q, v_cache.size(-1));
-  at::Tensor lse = at::empty(rows_shape(q), q.options().dtype(compute_dtype(q)));
-  const at::Tensor row_stats = at::empty(rows_shape(q, 2), lse.options());
+  const Results results = make_results(params, q, v_cache.size(-1));
   if (k) {
     append(k_cache, *k, cache);
     append(v_cache, *v, cache);
   }
-  if (lse.numel() == 0) return {out, lse};
-  params.out = out.mutable_data_ptr();
-  params.lse = lse.mutable_data_ptr();
-  params.row_stats = row_stats.mutable_data_ptr();
-  params.out_strides = head_strides(out);
-  check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
-  return {out, lse};
+  if (results.lse.numel() > 0) check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
+  return {results.out, results.lse};
 }
 
 }  // namespace fused

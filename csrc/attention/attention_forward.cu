@@ -6,6 +6,7 @@
 // has the score of key j of the tile, for one row after another, in the softmax.
 #include "attention/attention_mma.h"
 #include "attention/attention_score.h"
+#include "attention/attention_split.h"
 #include "attention/attention_tile.cuh"
 
 namespace fused {
@@ -130,6 +131,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
 }  // namespace
 
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream) {
+  if (params.maybe_partials != nullptr) return attention_split_forward(params, stream);
   if (attention_mma_supported(params)) return attention_mma_forward(params, stream);
   const int64_t blocks = num_blocks(params, true, params.head_dim_v);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";

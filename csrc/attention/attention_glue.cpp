@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "attention/attention_split.h"
 #include "common/dispatch.h"
 
 namespace fused {
@@ -227,6 +228,22 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.dtype = dtype_of(kOp, "q", q);
   set_dropout(problem, options.dropout_p, options.rng, q);
   check_supported(kOp, attention_unsupported(problem));
+}
+
+Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v) {
+  Results results;
+  results.out = empty_heads(q, head_dim_v);
+  results.lse = at::empty(rows_shape(q), q.options().dtype(compute_dtype(q)));
+  results.row_stats = at::empty(rows_shape(q, 2), results.lse.options());
+  params.out = results.out.mutable_data_ptr();
+  params.lse = results.lse.mutable_data_ptr();
+  params.row_stats = results.row_stats.mutable_data_ptr();
+  params.out_strides = head_strides(results.out);
+  if (const int64_t size = split_partials(params); size > 0 && runs_on_cuda(q)) {
+    results.partials = at::empty({size}, results.lse.options());
+    params.maybe_partials = results.partials.mutable_data_ptr();
+  }
+  return results;
 }
 
 }  // namespace attention_glue

@@ -61,5 +61,11 @@ struct Cache {
 void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const Options& options, const Cache* maybe_cache = nullptr);
 
+// What the forward pass writes, allocated and named in the params.
+struct Results {
+  at::Tensor out, lse, row_stats, partials;
+};
+Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v);
+
 }  // namespace attention_glue
 }  // namespace fused

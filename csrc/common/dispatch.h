@@ -32,6 +32,16 @@
 
 namespace fused {
 
+// Whether FUSED_DISPATCH picks the CUDA launcher.
+inline bool runs_on_cuda(const at::Tensor& tensor) {
+#if defined(FUSED_EMULATED)
+  (void)tensor;
+  return true;
+#else
+  return tensor.is_cuda();
+#endif
+}
+
 // Refuses devices that this build has no kernels for, by name.
 inline void check_device(const char* op, const char* argument, const at::Tensor& tensor) {
 #if defined(FUSED_WITH_CUDA)

@@ -50,6 +50,10 @@ TESTS = {
         "tests/test_attention_tensor_cores.py",
         "tests/test_attention_options.py",
     ],
+    "csrc/attention/attention_split.cu": [
+        "tests/test_attention_few_queries.py",
+        "tests/test_attention_cache.py",
+    ],
     "attention": [
         "tests/test_attention.py",
         "tests/test_attention_options.py",
@@ -213,7 +217,7 @@ def killer_of(mutant: Mutant) -> str | None:
         path.write_text(mutant.text)
         for variant, keyword, files in (
             ("quick", few, tests[:1]),
-            ("quick", "emulated", tests),
+            ("quick", "emulat", tests),
             ("races", few, tests),
             ("sanitized", few, tests),
         ):
