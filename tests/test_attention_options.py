@@ -33,9 +33,13 @@ EVERYTHING = next(case for case in CASES if case.name == "everything")
 
 
 @st.composite
-def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCase:
+def random_cases(
+    draw: st.DrawFn, longest: int, widest: int = 24, packed: bool = False
+) -> AttentionCase:
     heads_kv = draw(st.integers(1, 2))
     rows, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
+    length = st.integers(0, longest)
+    lengths = draw(st.lists(st.tuples(length, length), max_size=3)) if packed else []
     bound = st.one_of(st.just(-1), st.integers(0, longest))
     width = st.one_of(st.just(8), st.integers(1, widest))  # tensor cores take multiples of 8
     return AttentionCase(
@@ -56,6 +60,8 @@ def random_cases(draw: st.DrawFn, longest: int, widest: int = 24) -> AttentionCa
         sink=draw(st.booleans()),
         return_lse=draw(st.booleans()),
         layout=draw(st.sampled_from(["contiguous", "heads last", "odd strides"])),
+        lengths=((rows, keys), *lengths) if packed else (),
+        rest=draw(st.integers(0, 3)) if packed else 0,
     )
 
 
@@ -76,6 +82,15 @@ def test_random_combinations() -> None:
 def test_random_combinations_emulated() -> None:
     with emulated_cuda():
         judge(150, random_cases(longest=36, widest=8))
+
+
+def test_random_combinations_packed() -> None:
+    judge(100, random_cases(longest=90, packed=True))
+
+
+def test_random_combinations_packed_emulated() -> None:
+    with emulated_cuda():
+        judge(50, random_cases(longest=36, widest=8, packed=True))
 
 
 def judge(number: int, cases: st.SearchStrategy[AttentionCase]) -> None:
