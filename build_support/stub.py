@@ -60,12 +60,15 @@ def _definition(signature: str) -> str:
 
 
 def _class(name: str, members: Mapping[str, object]) -> str:
-    """An object that Python holds for the extension: what can be read of it."""
+    """An object that Python holds for the extension: what can be read of it, and done with it."""
     lines = [f"class {name}:\n", "    def __init__(self) -> None: ...\n"]
     for member, value in sorted(members.items()):
         if isinstance(value, property):
             result = str(value.fget.__doc__).splitlines()[0].rsplit(" -> ", 1)[1]
             lines += ["    @property\n", f"    def {member}(self) -> {result}: ...\n"]
+        elif callable(value) and not member.startswith("_"):
+            signature = _signature(member, str(value.__doc__))
+            lines.append(f"    def {signature.replace(f'self: {name}', 'self')}: ...\n")
     return "".join([*lines, "\n"])
 
 

@@ -9,6 +9,10 @@ class KeptGroups:
     @property
     def num_gatherings(self) -> int: ...
 
+class StepPlan:
+    def __init__(self) -> None: ...
+    def make(self) -> None: ...
+
 def adam_group(
     kept: KeptGroups,
     params: list,
@@ -32,6 +36,7 @@ def adam_group(
     rng: Tensor | None,
     master: str | None,
     check_only: bool,
+    plan: StepPlan | None,
 ) -> str | None: ...
 def attention_backward(
     grad_out: Tensor,
@@ -191,5 +196,6 @@ def sgd_group(
     rng: Tensor | None,
     master: str | None,
     check_only: bool,
+    plan: StepPlan | None,
 ) -> str | None: ...
 def total_norm(tensors: Sequence[Tensor], grad_scale: Tensor | None = None) -> Tensor: ...

@@ -79,10 +79,20 @@ def test_placements(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_placements)
 
 
+def no_memory(group: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
+
+
 def check_failed_step() -> None:
     for cls in CLASSES:
         network = sharded_model((2,))
         optimizer = cls(network.parameters(), **OPTIONS[cls])
+        backward(network, 0)
+        optimizer._new_states = no_memory
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+        assert not optimizer.state
+        del optimizer._new_states
         train(network, optimizer, range(1))
         backward(network, 1)
         last = list(network.parameters())[-1]

@@ -156,20 +156,25 @@ def test_no_memory_for_the_states(
     assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
 
 
-@pytest.mark.parametrize("cls", CLASSES)
-def test_no_memory_for_a_copy(cls: type) -> None:
-    """A gradient in another layout is copied, here where the address space ends."""
+@pytest.mark.parametrize(
+    ("cls", "when"), [(fused.Adam, "later"), (fused.AdamW, "first"), (fused.SGD, "first")]
+)
+def test_no_memory_for_a_copy(cls: type, when: str) -> None:
+    """A gradient in another layout is copied, in the second group, where the address space ends."""
     resource = pytest.importorskip("resource")
     side = 4500  # 81 MB: malloc keeps up to 64 MB of what earlier tests have freed
     params = [leaf(torch.ones(5)), leaf(torch.ones(side, side))]
-    optimizer = cls(params, **OPTIONS[cls])
+    optimizer = cls([{"params": [p]} for p in params], **OPTIONS[cls])
     set_gradients(params, 0)
-    optimizer.step()
+    if when == "later":
+        optimizer.step()
     params[1].grad = params[1].grad.t()
+    num_states = 0 if when == "later" else len(optimizer._moments(optimizer.param_groups[1]))
     before = snapshot(params, optimizer)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + side * side, limits[1]))
+    room = side * side * (1 + 4 * num_states)
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, limits[1]))
     try:
         with pytest.raises(RuntimeError, match=r"not enough memory|alloc"):
             optimizer.step()

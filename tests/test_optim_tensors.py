@@ -89,14 +89,27 @@ def test_a_view_changes_only_its_own_elements(cls: type, backend: torch.device) 
     assert not changed.any()
 
 
+# States of another size of element than the parameter's.
+STORED: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32 beside bfloat16": {"state_dtype": torch.float32, "ema_decay": 0.9},
+    "master": {"master_weights": "float32", "state_dtype": torch.bfloat16},
+    "bfloat16 beside float32": {"state_dtype": torch.bfloat16},
+}
+
+
 @pytest.mark.parametrize("where", ["grad", "state"])
+@pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("cls", CLASSES)
-def test_operands_in_another_layout(cls: type, where: str, backend: torch.device) -> None:
+def test_operands_in_another_layout(
+    cls: type, stored: str, where: str, backend: torch.device
+) -> None:
+    dtype = torch.float32 if stored in ("float32", "bfloat16 beside float32") else torch.bfloat16
     results = []
     for turned in (False, True):
         torch.manual_seed(0)
-        param = leaf(torch.randn(6, 11, device=backend))
-        optimizer = cls([param], **OPTIONS[cls])
+        param = leaf(torch.randn(6, 11, device=backend).to(dtype))
+        optimizer = cls([param], **OPTIONS[cls], **STORED[stored])
         for step in range(3):
             set_gradients([param], step)
             if turned and where == "grad":

@@ -1,6 +1,9 @@
 // Glue of Adam and AdamW: what the rule asks of a step (optim/run_step.h), and the registered op.
 #include <c10/util/irange.h>
 
+#include <memory>
+#include <utility>
+
 #include "optim/run_step.h"
 
 namespace fused {
@@ -44,13 +47,14 @@ struct AdamStep {
 
 }  // namespace
 
-void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only,
-               KeptStep* maybe_keep) {
-  run_step<AdamStep>(tensors, options, check_only, maybe_keep);
+std::unique_ptr<ReadyStep> prepare_adam(StepTensors tensors, const AdamOptions& options,
+                                        bool check_only, KeptStep* maybe_keep) {
+  return prepare_step<AdamStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-void adam_step(const KeptStep& kept, const AdamOptions& options, bool check_only) {
-  run_kept<AdamStep>(kept, options, check_only);
+std::unique_ptr<ReadyStep> prepare_adam(const KeptStep& kept, const AdamOptions& options,
+                                        bool check_only) {
+  return prepare_kept<AdamStep>(kept, options, check_only);
 }
 
 void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
@@ -64,7 +68,7 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
              const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
              std::optional<double> max_norm, bool skip_nonfinite, bool zero_grad, double ema_decay,
              const std::optional<at::Tensor>& rng) {
-  const StepTensors tensors =
+  StepTensors tensors =
       listed_tensors(AdamStep::kOp, params, grads, {exp_avgs, exp_avg_sqs, max_exp_avg_sqs}, scales,
                      masters, emas, steps);
   const AdamOptions options{{maximize, capturable, grad_scale, found_inf, norm, max_norm,
@@ -79,7 +83,9 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
                             tensor_lr,
                             tensor_beta1,
                             tensor_beta2};
-  adam_step(tensors, options, /*check_only=*/false, /*maybe_keep=*/nullptr);
+  const auto step = prepare_adam(std::move(tensors), options, /*check_only=*/false,
+                                 /*maybe_keep=*/nullptr);
+  if (step) step->make();
 }
 
 }  // namespace fused

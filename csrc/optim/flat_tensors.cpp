@@ -36,13 +36,8 @@ void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
   // The memory of a negative view (the imaginary part of a conjugate is one) holds the negative.
   if (written) written_.push_back(&tensor);
   if (same_layout(tensor, *layout_) && !tensor.is_neg()) return tensor.data_ptr();
-  at::Tensor copy = at::empty_like(*layout_);
-  copy.copy_(tensor.detach());
-  if (written) {
-    copies_.emplace_back(tensor, copy);
-  } else {
-    temporaries_.push_back(copy);
-  }
+  const at::Tensor copy = at::empty_like(*layout_, tensor.options());
+  copies_.push_back({tensor.detach(), copy, written});
   return copy.data_ptr();
 }
 
@@ -60,8 +55,14 @@ void FlatTensors::bump_versions() const {
   for (const at::Tensor* tensor : written_) bump_version(*tensor);
 }
 
+void FlatTensors::fill() const {
+  for (const Copy& c : copies_) c.copy.copy_(c.original);
+}
+
 void FlatTensors::finish() const {
-  for (const auto& [original, copy] : copies_) original.detach().copy_(copy);
+  for (const Copy& c : copies_) {
+    if (c.is_written) c.original.copy_(c.copy);
+  }
 }
 
 }  // namespace fused

@@ -4,14 +4,15 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <utility>
 #include <vector>
 
 namespace fused {
 
 // Parameter i's operands share one memory order: that of the parameter where it is dense, else a
-// contiguous copy's. Nothing that the caller can see is written before finish(). The tensors given
-// must outlive this object: a step over hundreds of small ones would notice every reference count.
+// contiguous copy's. Copies are allocated when they are asked for and filled by fill(), so that the
+// steps of several groups can be made ready, which may fail, before the first of them is made.
+// Nothing that the caller can see is written before finish(). The tensors given must outlive this
+// object: a step over hundreds of small ones would notice every reference count.
 class FlatTensors {
  public:
   explicit FlatTensors(size_t num_params) { written_.reserve(5 * num_params); }
@@ -35,6 +36,9 @@ class FlatTensors {
   // Whether every array is a tensor's own memory.
   bool has_no_copies() const { return copies_.empty() && temporaries_.empty(); }
 
+  // Before the kernel: gives copies their values.
+  void fill() const;
+
   // After the kernel: writes copies back to where they came from.
   void finish() const;
 
@@ -42,8 +46,12 @@ class FlatTensors {
   const at::Tensor* layout_ = nullptr;      // of the current parameter; dense
   at::Tensor layout_copy_;                  // owns it where the parameter itself is not dense
   std::vector<const at::Tensor*> written_;  // as the caller knows them
-  std::vector<std::pair<at::Tensor, at::Tensor>> copies_;  // (the caller's, ours) to copy back
-  std::vector<at::Tensor> temporaries_;  // copies that are only read, kept until the end
+  struct Copy {
+    at::Tensor original, copy;
+    bool is_written;
+  };
+  std::vector<Copy> copies_;
+  std::vector<at::Tensor> temporaries_;  // what read_only() copied, kept until the end
 };
 
 }  // namespace fused

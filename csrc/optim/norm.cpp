@@ -77,6 +77,7 @@ void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
   for (const at::Tensor& tensor : tensors) {
     batch_of(batches, tensor).tensors.push_back({flat.param(tensor), tensor.numel()});
   }
+  flat.fill();
   flat.bump_versions();
   for (const auto& batch : batches) {
     const c10::DeviceGuard guard(batch.kind.device());

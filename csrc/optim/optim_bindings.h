@@ -57,22 +57,24 @@ struct KeptGroup {
 // where to look: the step itself compares.
 class KeptGroups {
  public:
-  // Taken out for the time of a step, in which other threads may run.
+  // Taken out until a step is made, while other code may run.
   class Loan {
    public:
-    Loan(KeptGroups& owner, const PyObject* params) : owner_(owner), params_(params) {
-      std::swap(group_, owner.groups_[params]);
+    Loan(std::shared_ptr<KeptGroups> owner, const PyObject* params)
+        : owner_(std::move(owner)), params_(params) {
+      std::swap(group_, owner_->groups_[params]);
       if (!group_) group_ = std::make_unique<KeptGroup>();
     }
     ~Loan() {
-      if (owner_.groups_.size() > kMost) owner_.groups_.clear();
-      owner_.groups_[params_] = std::move(group_);
+      if (!owner_) return;  // moved from
+      if (owner_->groups_.size() > kMost) owner_->groups_.clear();
+      owner_->groups_[params_] = std::move(group_);
     }
-    Loan(const Loan&) = delete;
+    Loan(Loan&&) = default;
     KeptGroup* operator->() { return group_.get(); }
 
    private:
-    KeptGroups& owner_;
+    std::shared_ptr<KeptGroups> owner_;
     const PyObject* params_;
     std::unique_ptr<KeptGroup> group_;
   };
@@ -87,16 +89,67 @@ class KeptGroups {
   int64_t num_gatherings_ = 0;
 };
 
+// What a rule is called in errors and by the profiler.
+struct RuleNames {
+  const char *op, *event;
+};
+
 // Below this many elements a step is over before another thread would have got the interpreter.
 constexpr int64_t kBriefStep = 1 << 18;
 
-// One step of a group, or a check that it would succeed. Returns None when that is done, else why
-// it was not, with nothing changed: "uninitialised" where a parameter has no state yet, or what
-// keeps the kernels from these tensors. `run` makes it of a kept step or of gathered tensors.
-template <typename Run>
-Outcome step_group(const char* op, KeptGroups& kept_groups, const py::list& params,
-                   const py::dict& state, const StateNames& names, const CommonArguments& common,
-                   bool check_only, const Run& run) {
+// A group's step that is ready, with what it reads.
+class PlannedStep {
+ public:
+  PlannedStep(const RuleNames& names, KeptGroups::Loan kept)
+      : names_(names), kept_(std::move(kept)) {}
+
+  KeptGroup* kept() { return kept_.operator->(); }
+  void set(std::unique_ptr<ReadyStep> step, bool is_brief) {
+    step_ = std::move(step);
+    is_brief_ = is_brief;
+  }
+  // Of a kept step, which owns nothing: for as long as other code may run.
+  void hold() { held_ = kept_->step.hold(); }
+
+  void make() {
+    if (!step_) return;
+    std::optional<py::gil_scoped_release> no_gil;
+    if (!is_brief_) no_gil.emplace();
+    RECORD_FUNCTION(names_.event, c10::ArrayRef<const c10::IValue>{});
+    step_->make();
+  }
+
+ private:
+  RuleNames names_;
+  KeptGroups::Loan kept_;
+  std::vector<at::Tensor> held_;
+  std::unique_ptr<ReadyStep> step_;
+  bool is_brief_ = false;
+};
+
+// The steps of several groups: all are made ready, which may fail and changes nothing, before the
+// first is made.
+class StepPlan {
+ public:
+  void add(PlannedStep step) { steps_.push_back(std::move(step)); }
+  void make() {
+    std::vector<PlannedStep> steps = std::move(steps_);
+    for (PlannedStep& step : steps) step.make();
+  }
+
+ private:
+  std::vector<PlannedStep> steps_;
+};
+
+// Makes one step of a group, or adds it to `maybe_plan`, or checks that it would succeed. Returns
+// None when that is done, else why it was not, with nothing changed: "uninitialised" where a
+// parameter has no state yet, or what keeps the kernels from these tensors. `prepare` makes it
+// ready of a kept step or of gathered tensors.
+template <typename Prepare>
+Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_groups,
+                   const py::list& params, const py::dict& state, const StateNames& names,
+                   const CommonArguments& common, bool check_only, StepPlan* maybe_plan,
+                   const Prepare& prepare) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
   const StepOptions& options = common.options;
   const KeptGroup::Purpose purpose{&names,
@@ -105,43 +158,43 @@ Outcome step_group(const char* op, KeptGroups& kept_groups, const py::list& para
                                    options.capturable,
                                    options.writes_grads(),
                                    options.zero_grad};
-  KeptGroups::Loan kept(kept_groups, params.ptr());
-  if (kept->purpose == purpose && !kept->step.may_be_skipped(options) &&
-      is_as_kept(kept->step, params, state, names, common)) {
-    if (check_only || kept->step.numel() < kBriefStep) {
-      run(kept->step);
-    } else {
-      const std::vector<at::Tensor> held = kept->step.hold();
-      const py::gil_scoped_release no_gil;
-      run(kept->step);
+  PlannedStep step(rule, KeptGroups::Loan(kept_groups, params.ptr()));
+  KeptGroup& kept = *step.kept();
+  if (kept.purpose == purpose && !kept.step.may_be_skipped(options) &&
+      is_as_kept(kept.step, params, state, names, common)) {
+    const bool is_brief = kept.step.numel() < kBriefStep;
+    step.set(prepare(std::as_const(kept.step)), is_brief);
+    if (!check_only && (maybe_plan != nullptr || !is_brief)) step.hold();
+  } else {
+    kept_groups->count_gathering();
+    Gathered group(params, state, names, common);
+    if (group.refusal) return group.refusal;
+    if (!group.initialised) {
+      // The gradients are checked before the caller makes states for them.
+      check_gradients(rule.op, group.tensors.params, group.tensors.grads);
+      return "uninitialised";
     }
-    return std::nullopt;
+    kept.step.forget();  // what it was for is another now, whether this step fails or not
+    kept.purpose = purpose;
+    const py::gil_scoped_release no_gil;
+    step.set(prepare(std::move(group.tensors), &kept.step), /*is_brief=*/false);
   }
-  kept_groups.count_gathering();
-  Gathered group(params, state, names, common);
-  if (group.refusal) return group.refusal;
-  if (!group.initialised) {
-    // The gradients are checked before the caller makes states for them.
-    check_gradients(op, group.tensors.params, group.tensors.grads);
-    return "uninitialised";
+  if (maybe_plan != nullptr) {
+    maybe_plan->add(std::move(step));
+  } else {
+    step.make();
   }
-  kept->step.forget();  // what it was for is another now, whether this step fails or not
-  kept->purpose = purpose;
-  const py::gil_scoped_release no_gil;
-  run(group.tensors, &kept->step);
   return std::nullopt;
 }
 
-inline Outcome adam_group(KeptGroups& kept, const py::list& params, const py::dict& state,
-                          const py::handle& lr, const py::handle& beta1, const py::handle& beta2,
-                          double weight_decay, double eps, bool amsgrad,
-                          bool decoupled_weight_decay, bool maximize, bool capturable,
-                          const std::optional<at::Tensor>& grad_scale,
-                          const std::optional<at::Tensor>& found_inf,
-                          const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
-                          bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
-                          const std::optional<at::Tensor>& rng,
-                          const std::optional<std::string>& master, bool check_only) {
+inline Outcome adam_group(
+    const std::shared_ptr<KeptGroups>& kept, const py::list& params, const py::dict& state,
+    const py::handle& lr, const py::handle& beta1, const py::handle& beta2, double weight_decay,
+    double eps, bool amsgrad, bool decoupled_weight_decay, bool maximize, bool capturable,
+    const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
+    const std::optional<at::Tensor>& norm, std::optional<double> max_norm, bool skip_nonfinite,
+    bool zero_grad, std::optional<double> ema_decay, const std::optional<at::Tensor>& rng,
+    const std::optional<std::string>& master, bool check_only, std::optional<StepPlan*> plan) {
   static const StateNames without_max{{interned("exp_avg"), interned("exp_avg_sq")},
                                       {interned("exp_avg_scale"), interned("exp_avg_sq_scale")},
                                       /*has_step=*/true,
@@ -166,23 +219,23 @@ inline Outcome adam_group(KeptGroups& kept, const py::list& params, const py::di
                             lr_number.tensor,
                             beta1_number.tensor,
                             beta2_number.tensor};
-  return step_group("adam", kept, params, state, amsgrad ? with_max : without_max, common,
-                    check_only, [&](const auto& step, auto*... maybe_keep) {
-                      RECORD_FUNCTION("fused::adam_", c10::ArrayRef<const c10::IValue>{});
-                      adam_step(step, options, check_only, maybe_keep...);
+  return step_group({"adam", "fused::adam_"}, kept, params, state, amsgrad ? with_max : without_max,
+                    common, check_only, plan.value_or(nullptr),
+                    [&](auto&& tensors, auto*... maybe_keep) {
+                      return prepare_adam(std::forward<decltype(tensors)>(tensors), options,
+                                          check_only, maybe_keep...);
                     });
 }
 
 // `first_step`: the momentum buffers are there and hold nothing yet.
-inline Outcome sgd_group(KeptGroups& kept, const py::list& params, const py::dict& state,
-                         const py::handle& lr, double weight_decay, double momentum,
-                         double dampening, bool nesterov, bool first_step, bool maximize,
-                         bool capturable, const std::optional<at::Tensor>& grad_scale,
-                         const std::optional<at::Tensor>& found_inf,
-                         const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
-                         bool skip_nonfinite, bool zero_grad, std::optional<double> ema_decay,
-                         const std::optional<at::Tensor>& rng,
-                         const std::optional<std::string>& master, bool check_only) {
+inline Outcome sgd_group(
+    const std::shared_ptr<KeptGroups>& kept, const py::list& params, const py::dict& state,
+    const py::handle& lr, double weight_decay, double momentum, double dampening, bool nesterov,
+    bool first_step, bool maximize, bool capturable, const std::optional<at::Tensor>& grad_scale,
+    const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
+    std::optional<double> max_norm, bool skip_nonfinite, bool zero_grad,
+    std::optional<double> ema_decay, const std::optional<at::Tensor>& rng,
+    const std::optional<std::string>& master, bool check_only, std::optional<StepPlan*> plan) {
   static const StateNames without_momentum{{}, {}, /*has_step=*/false, /*may_begin=*/false};
   static const StateNames with_momentum{{interned("momentum_buffer")},
                                         {interned("momentum_buffer_scale")},
@@ -193,10 +246,11 @@ inline Outcome sgd_group(KeptGroups& kept, const py::list& params, const py::dic
   const Number lr_number(lr);
   const SgdOptions options{common.options, lr_number.value, weight_decay, momentum,
                            dampening,      nesterov,        first_step,   lr_number.tensor};
-  return step_group("sgd", kept, params, state, momentum != 0 ? with_momentum : without_momentum,
-                    common, check_only, [&](const auto& step, auto*... maybe_keep) {
-                      RECORD_FUNCTION("fused::sgd_", c10::ArrayRef<const c10::IValue>{});
-                      sgd_step(step, options, check_only, maybe_keep...);
+  return step_group({"sgd", "fused::sgd_"}, kept, params, state,
+                    momentum != 0 ? with_momentum : without_momentum, common, check_only,
+                    plan.value_or(nullptr), [&](auto&& tensors, auto*... maybe_keep) {
+                      return prepare_sgd(std::forward<decltype(tensors)>(tensors), options,
+                                         check_only, maybe_keep...);
                     });
 }
 
@@ -231,9 +285,12 @@ inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, d
 inline void bind(py::module_& module) {
   using py::arg;
   // The emulated twin of this module has a class of the same name.
-  py::class_<KeptGroups>(module, "KeptGroups", py::module_local())
+  py::class_<KeptGroups, std::shared_ptr<KeptGroups>>(module, "KeptGroups", py::module_local())
       .def(py::init<>())
       .def_property_readonly("num_gatherings", &KeptGroups::num_gatherings);
+  py::class_<StepPlan>(module, "StepPlan", py::module_local())
+      .def(py::init<>())
+      .def("make", &StepPlan::make);
   module.def("total_norm", &bound_total_norm, arg("tensors"), arg("grad_scale") = py::none());
   module.def("gradient_norm", &gradient_norm, arg("groups"), arg("grad_scale"));
   module.def("clip_by_norm_", &bound_clip_by_norm, arg("tensors"), arg("norm"), arg("max_norm"));
@@ -241,12 +298,14 @@ inline void bind(py::module_& module) {
              arg("beta1"), arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"),
              arg("decoupled_weight_decay"), arg("maximize"), arg("capturable"), arg("grad_scale"),
              arg("found_inf"), arg("norm"), arg("max_norm"), arg("skip_nonfinite"),
-             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"));
+             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"),
+             arg("plan"));
   module.def("sgd_group", &sgd_group, arg("kept"), arg("params"), arg("state"), arg("lr"),
              arg("weight_decay"), arg("momentum"), arg("dampening"), arg("nesterov"),
              arg("first_step"), arg("maximize"), arg("capturable"), arg("grad_scale"),
              arg("found_inf"), arg("norm"), arg("max_norm"), arg("skip_nonfinite"),
-             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"));
+             arg("zero_grad"), arg("ema_decay"), arg("rng"), arg("master"), arg("check_only"),
+             arg("plan"));
 }
 
 }  // namespace fused::optim_bindings

@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -62,18 +63,28 @@ struct SgdOptions {
   std::optional<at::Tensor> tensor_lr;
 };
 
-// One step over any number of tensors, of any of the four dtypes and of several devices, in place.
-// Everything is checked and every temporary allocated before anything is written: a call that
-// throws has changed nothing. `check_only` stops there. The step is kept in `maybe_keep` where the
-// next one can be made of what it has gathered.
-FUSED_API void adam_step(const StepTensors& tensors, const AdamOptions& options, bool check_only,
-                         KeptStep* maybe_keep);
-FUSED_API void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only,
-                        KeptStep* maybe_keep);
+// A step that only has to be made: everything is checked and every temporary allocated, and nothing
+// written yet.
+class ReadyStep {
+ public:
+  virtual ~ReadyStep() = default;
+  virtual void make() = 0;  // once
+};
 
-// The same for a kept step whose tensors are as they were.
-FUSED_API void adam_step(const KeptStep& kept, const AdamOptions& options, bool check_only);
-FUSED_API void sgd_step(const KeptStep& kept, const SgdOptions& options, bool check_only);
+// One step over any number of tensors, of any of the four dtypes and of several devices, in place.
+// Throws for what does not fit together. `check_only` stops there. Nothing comes back where there
+// is nothing to be done. The step is kept in `maybe_keep`, which must then outlive it, where the
+// next one can be made of what it has gathered.
+FUSED_API std::unique_ptr<ReadyStep> prepare_adam(StepTensors tensors, const AdamOptions& options,
+                                                  bool check_only, KeptStep* maybe_keep);
+FUSED_API std::unique_ptr<ReadyStep> prepare_sgd(StepTensors tensors, const SgdOptions& options,
+                                                 bool check_only, KeptStep* maybe_keep);
+
+// The same for a kept step whose tensors are as they were, and stay so until it is made.
+FUSED_API std::unique_ptr<ReadyStep> prepare_adam(const KeptStep& kept, const AdamOptions& options,
+                                                  bool check_only);
+FUSED_API std::unique_ptr<ReadyStep> prepare_sgd(const KeptStep& kept, const SgdOptions& options,
+                                                 bool check_only);
 
 // Throws unless the kernels of `op` can update each parameter by its gradient.
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);

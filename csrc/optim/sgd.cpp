@@ -1,4 +1,7 @@
 // Glue of SGD: what the rule asks of a step (optim/run_step.h), and the registered op.
+#include <memory>
+#include <utility>
+
 #include "optim/run_step.h"
 
 namespace fused {
@@ -35,13 +38,14 @@ struct SgdStep {
 
 }  // namespace
 
-void sgd_step(const StepTensors& tensors, const SgdOptions& options, bool check_only,
-              KeptStep* maybe_keep) {
-  run_step<SgdStep>(tensors, options, check_only, maybe_keep);
+std::unique_ptr<ReadyStep> prepare_sgd(StepTensors tensors, const SgdOptions& options,
+                                       bool check_only, KeptStep* maybe_keep) {
+  return prepare_step<SgdStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-void sgd_step(const KeptStep& kept, const SgdOptions& options, bool check_only) {
-  run_kept<SgdStep>(kept, options, check_only);
+std::unique_ptr<ReadyStep> prepare_sgd(const KeptStep& kept, const SgdOptions& options,
+                                       bool check_only) {
+  return prepare_kept<SgdStep>(kept, options, check_only);
 }
 
 void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
@@ -52,7 +56,7 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
             const std::optional<at::Tensor>& norm, std::optional<double> max_norm,
             bool skip_nonfinite, bool zero_grad, double ema_decay,
             const std::optional<at::Tensor>& rng) {
-  const StepTensors tensors =
+  StepTensors tensors =
       listed_tensors(SgdStep::kOp, params, grads, {momentum_buffers}, scales, masters, emas, {});
   const SgdOptions options{{maximize, capturable, grad_scale, found_inf, norm, max_norm,
                             skip_nonfinite, zero_grad, ema_decay, rng},
@@ -63,7 +67,9 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
                            nesterov,
                            first_step,
                            tensor_lr};
-  sgd_step(tensors, options, /*check_only=*/false, /*maybe_keep=*/nullptr);
+  const auto step = prepare_sgd(std::move(tensors), options, /*check_only=*/false,
+                                /*maybe_keep=*/nullptr);
+  if (step) step->make();
 }
 
 }  // namespace fused

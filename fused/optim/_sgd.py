@@ -11,7 +11,7 @@ from torch.optim.sgd import sgd as stock_sgd
 from fused import _route
 from fused.optim import _state
 from fused.optim._registered import Group, number_and_tensor
-from fused.optim._step import FusedStep, NewStates, number
+from fused.optim._step import SKIPPED, UNINITIALISED, FusedStep, NewStates, number
 
 BUFFER = "momentum_buffer"
 
@@ -59,32 +59,30 @@ class SGD(FusedStep, torch.optim.SGD):
                 states.append((p, state))
         return states
 
-    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates) -> None:
-        if group["momentum"] == 0 or group["dampening"] == 0:
-            self._kernel_step(group, norm)  # zero times the momentum, plus the gradient
-            return
+    def _first_outcome(self, group: Group, norm: Tensor | None) -> str:
         # A dampened buffer that a skipped step left unset must not count as begun, and whether it
         # is skipped only the tensor knows: the one time that the host reads it.
-        if self._is_skipped(norm):
-            for p, state in new:
-                for name in state:
-                    self.state[p].pop(name, None)
-            return self._clear_gradients(group)
+        return SKIPPED if self._dampens(group) and self._is_skipped(norm) else UNINITIALISED
+
+    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates, plan: Any) -> None:
+        if not self._dampens(group):
+            self._kernel_step(group, norm, plan=plan)  # zero times the momentum, plus the gradient
+            return
         begun_now = {id(p) for p, _ in new}
         for first in (False, True):
             params = [p for p in group["params"] if (id(p) in begun_now) == first]
-            self._kernel_step(group, norm, params=params, first_step=first)
+            self._kernel_step(group, norm, params=params, plan=plan, first_step=first)
+
+    @staticmethod
+    def _dampens(group: Group) -> bool:
+        """Whether a first step is not that of a buffer of zeros."""
+        return group["momentum"] != 0 and group["dampening"] != 0
 
     def _is_skipped(self, norm: Tensor | None) -> bool:
         found_inf = self._grad_scaler()[1]
         if found_inf is not None and found_inf.item() != 0:
             return True
         return self.extras.nonfinite == "skip" and norm is not None and not norm.isfinite().item()
-
-    def _clear_gradients(self, group: Group) -> None:
-        for p in group["params"]:
-            if self.extras.zero_grad and p.grad is not None:
-                p.grad.zero_()
 
     def _init_group(  # by this name the compiler knows it
         self,

@@ -105,9 +105,9 @@ class _Shard:
 
     def close(self, state: dict[Any, Entry], local_entry: Entry) -> None:
         """Takes over the states that the step has begun or replaced."""
-        entry = state.setdefault(self._whole, {})
         for name, value in local_entry.items():
             if value is not self._given.get(name):
+                entry = state.setdefault(self._whole, {})
                 entry[name] = self._closed(value) if name != _STEP else value
 
     def _closed(self, value: object) -> object:

@@ -11,8 +11,9 @@ was gathered is kept for the next step, which looks whether every tensor is stil
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ NewStates = list[tuple[Tensor, dict[str, Any]]]
 # reason for the composite path.
 UNINITIALISED = "uninitialised"
 MODE = "mode"
+SKIPPED = "skipped"
 DIFFERENTIABLE = "differentiable"
 SUBCLASS = "subclass"
 SPARSE = "sparse"
@@ -139,9 +141,13 @@ class FusedStep(RegisteredStep):
         """The group's one C++ call; None when done, else why not."""
         raise NotImplementedError
 
-    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates) -> None:
-        """The step of a group in which states begin, which `self.state` holds already."""
-        self._kernel_step(group, norm)
+    def _first_outcome(self, group: Group, norm: Tensor | None) -> str:
+        """UNINITIALISED; or SKIPPED, where a step that would begin states must leave them unset."""
+        return UNINITIALISED
+
+    def _first_step(self, group: Group, norm: Tensor | None, new: NewStates, plan: Any) -> None:
+        """Plans the step of a group in which states begin, which `self.state` holds already."""
+        self._kernel_step(group, norm, plan=plan)
 
     def _composite_step(self, group: Group) -> None:
         """The same by stock PyTorch's own function."""
@@ -180,13 +186,14 @@ class FusedStep(RegisteredStep):
 
     def _eager_step(self, norms: Norms | None = None) -> None:
         groups = self.param_groups
-        # With one group the step's own checks suffice: it checks everything before it writes.
-        if len(groups) == 1 and not groups[0]["differentiable"] and not self.extras.needs_norm:
-            outcomes = [self._kernel_step(groups[0], None)]
-            if outcomes[0] is None:
-                return
-        else:
+        if norms is None and not self.extras.needs_norm:
+            norms = [None] * len(groups)
+        if norms is None:
             outcomes = [self._check(group) for group in groups]
+        else:
+            outcomes = self._step_kernels(norms)
+            if not any(outcomes):
+                return
         params = (p for group in groups for p in group["params"])
         if SUBCLASS in outcomes and _sharded.any_sharded(params):
             return self._sharded_step()
@@ -196,23 +203,69 @@ class FusedStep(RegisteredStep):
                 self._refuse_extras(_REASONS[outcome])
         if norms is None:
             norms = self._norms()
-        new_states = [
-            state
-            for group, outcome in zip(groups, outcomes, strict=True)
-            if outcome == UNINITIALISED
-            for state in self._new_states(group)
+        self._step_by_outcomes(norms, outcomes)
+
+    def _step_kernels(self, norms: Norms) -> list[str | None]:
+        """Makes the steps of all groups, if kernels can and their states have begun; else none of
+        them, and says why."""
+        groups = self.param_groups
+        if len(groups) == 1:
+            return [self._kernel_step(groups[0], norms[0])]
+        plan = _route.kernels().StepPlan()
+        pairs = zip(groups, norms, strict=True)
+        outcomes = [self._kernel_step(group, norm, plan=plan) for group, norm in pairs]
+        if not any(outcomes):
+            plan.make()
+        return outcomes
+
+    def _step_by_outcomes(self, norms: Norms, outcomes: list[str | None]) -> None:
+        """Makes the step of each group in its own way: what may fail before what changes anything.
+
+        Kernels' steps are made ready, then stock's are made, which may still fail, then the rest.
+        """
+        steps = [
+            (group, norm, self._first_outcome(group, norm) if outcome == UNINITIALISED else outcome)
+            for group, norm, outcome in zip(self.param_groups, norms, outcomes, strict=True)
         ]
-        for parameter, state in new_states:
-            self.state[parameter].update(state)
-        for group, norm, outcome in zip(groups, norms, outcomes, strict=True):
-            if outcome is None:
-                self._kernel_step(group, norm)
-            elif outcome == UNINITIALISED:
-                self._first_step(group, norm, new_states)
-            elif outcome == MODE:
-                self._registered_step(group, norm)
-            else:
-                self._unscaled_composite_step(group)
+        new = [
+            s
+            for group, _, outcome in steps
+            if outcome == UNINITIALISED
+            for s in self._new_states(group)
+        ]
+        plan = _route.kernels().StepPlan()
+        with self._begun(new):
+            for group, norm, outcome in steps:
+                if outcome is None:
+                    self._kernel_step(group, norm, plan=plan)
+                elif outcome == UNINITIALISED:
+                    self._first_step(group, norm, new, plan)
+            for group, norm, outcome in steps:
+                if outcome == MODE:
+                    self._registered_step(group, norm)
+                elif outcome in _REASONS:
+                    self._unscaled_composite_step(group)
+        plan.make()
+        for group, _, outcome in steps:
+            if outcome == SKIPPED:
+                self._clear_gradients(group)
+
+    @contextlib.contextmanager
+    def _begun(self, new: NewStates) -> Iterator[None]:
+        """Gives parameters their new states, and takes them back where what is within fails."""
+        before = [(p, dict(self.state[p]) if p in self.state else None) for p, _ in new]
+        for p, state in new:
+            self.state[p].update(state)
+        try:
+            yield
+        except BaseException:
+            for p, entry in before:
+                if entry is None:
+                    self.state.pop(p, None)
+                else:
+                    self.state[p].clear()
+                    self.state[p].update(entry)
+            raise
 
     def _traced_step(self) -> None:
         for group, norm in zip(self.param_groups, self._norms(), strict=True):
@@ -229,8 +282,6 @@ class FusedStep(RegisteredStep):
             self._eager_step(norms)
 
     def _check(self, group: Group) -> str | None:
-        if group["differentiable"]:
-            return DIFFERENTIABLE
         return self._kernel_step(group, None, check_only=True)
 
     def _kernel_step(
@@ -240,8 +291,12 @@ class FusedStep(RegisteredStep):
         *,
         params: list[Tensor] | None = None,
         check_only: bool = False,
+        plan: Any = None,
         **changes: Any,
     ) -> str | None:
+        """Makes a group's step, or adds it to a plan, ready to be made; None, or why it did not."""
+        if group["differentiable"]:
+            return DIFFERENTIABLE
         extras = self.extras
         return self._kernel_call(
             kept=self._kept_groups(),
@@ -253,6 +308,7 @@ class FusedStep(RegisteredStep):
             master=extras.master_name,
             rng=None if check_only else self._draw_rng(group),
             check_only=check_only,
+            plan=plan,
         )
 
     def _kept_groups(self) -> Any:
@@ -291,6 +347,11 @@ class FusedStep(RegisteredStep):
             return torch.ops.fused.total_norm(grads, grad_scale)
         norm = _sharded.total_norm(grads, _route.kernels().total_norm)
         return norm if grad_scale is None else norm / grad_scale
+
+    def _clear_gradients(self, group: Group) -> None:
+        for p in group["params"]:
+            if self.extras.zero_grad and p.grad is not None:
+                p.grad.zero_()
 
     def _refuse_extras(self, reason: str) -> None:
         for name, value in self.extras.given().items():
