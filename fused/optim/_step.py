@@ -203,7 +203,10 @@ class FusedStep(RegisteredStep):
                 self._refuse_extras(_REASONS[outcome])
         if norms is None:
             norms = self._norms()
-        self._step_by_outcomes(norms, outcomes)
+        if any(outcomes):
+            self._step_by_outcomes(norms, outcomes)
+        else:
+            self._step_kernels(norms)
 
     def _step_kernels(self, norms: Norms) -> list[str | None]:
         """Makes the steps of all groups, if kernels can and their states have begun; else none of
