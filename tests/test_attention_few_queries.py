@@ -35,6 +35,10 @@ CASES = [
     AttentionCase("bool", 2, 4, 2, 2, 300, 8, mask="bool [B, 1, 1, T]"),
     AttentionCase("blind rows", 1, 2, 1, 4, 140, 8, mask="blind [S, T]", return_lse=True),
     AttentionCase(
+        "packed, some of them", heads=4, heads_kv=2, head_dim=24, is_causal=True,
+        lengths=((1, 700), (4, 300), (0, 5), (70, 90), (3, 0), (2, 128)), rest=2, return_lse=True,
+    ),
+    AttentionCase(
         "everything", 1, 4, 2, 3, 300, 24, mask="additive [S, T]", softcap=3.0, alibi=True,
         sink=True, return_lse=True, window=(200, -1), scale=0.4,
     ),
@@ -112,7 +116,7 @@ def test_which_calls_are_split_in_the_emulator() -> None:
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)
 @in_all_dtypes
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 5])
 def test_pages(rows: int, dtype: torch.dtype, backend: torch.device) -> None:
     case = CacheCase("", (300, 10, 0), 320, rows, rows, page_size=16)
     tensors, options = case.make(dtype, backend)

@@ -41,12 +41,6 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
   return {tile.sequence, static_cast<int32_t>(task / slots % heads), tile.row};
 }
 
-// Sequences of so few queries have a forward pass of their own.
-constexpr int32_t kFewQueries = 4;
-static inline bool has_few_queries(const Sequence& sequence) {
-  return sequence.seqlen_q <= kFewQueries;
-}
-
 // clang-format off: each needs those above it
 #include "attention/attention_cpu_transpose.inl"
 #include "attention/attention_cpu_operand.inl"

@@ -179,12 +179,6 @@ static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequen
       query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head) + row * p.out_strides.row);
 }
 
-// The first of a sequence's chunks among those of all in one head of a batch row.
-static inline int64_t first_chunk(const AttentionProblem& p, const Sequence& sequence) {
-  if (p.maybe_cu_seqlens_k == nullptr) return 0;
-  return first_slot(p.maybe_cu_seqlens_k, sequence.index, kChunk);
-}
-
 template <typename T>
 static void decode(const AttentionForwardParams& p) {
   using A = Accumulator<T>;
@@ -222,8 +216,8 @@ static void decode(const AttentionForwardParams& p) {
       const int32_t head = static_cast<int32_t>(task % p.num_heads);
       const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads));
       if (!has_few_queries(sequence)) continue;
-      const int64_t first =
-          (int64_t{sequence.batch} * p.num_heads + head) * chunks + first_chunk(p, sequence);
+      const int64_t first = (int64_t{sequence.batch} * p.num_heads + head) * chunks +
+                            first_key_slot(p, sequence, kChunk);
       for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
         merge_chunks<T>(p, sequence, head, row, partials.data() + first * chunk_size + row * size,
                         chunk_size, (sequence.seqlen_k + kChunk - 1) / kChunk, result);

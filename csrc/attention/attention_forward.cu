@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
   const BlockPlace place = block_place(p, true, p.head_dim_v);
   const Sequence& sequence = place.sequence;
-  if (place.own_row >= sequence.seqlen_q) return;
+  if (place.own_row >= sequence.seqlen_q || is_split(p, sequence)) return;
   const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
   const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, head_kv, p.head_dim);
@@ -131,7 +131,10 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
 }  // namespace
 
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream) {
-  if (params.maybe_partials != nullptr) return attention_split_forward(params, stream);
+  if (params.maybe_partials != nullptr) {
+    const Status status = attention_split_forward(params, stream);
+    if (status != nullptr || params.maybe_cu_seqlens_q == nullptr) return status;
+  }
   if (attention_mma_supported(params)) return attention_mma_forward(params, stream);
   const int64_t blocks = num_blocks(params, true, params.head_dim_v);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "attention/attention_mma_tile.cuh"
+#include "attention/attention_split.h"
 
 namespace fused {
 namespace {
@@ -133,7 +134,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   auto& memory = *shared_memory<ForwardMemory<T, kDim, Tile>>();
   const MmaPlace place = mma_place<Tile::kOwn>(p, true);
   const Sequence& sequence = place.sequence;
-  if (place.own_row >= sequence.seqlen_q) return;
+  if (place.own_row >= sequence.seqlen_q || is_split(p, sequence)) return;
   const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
   const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);

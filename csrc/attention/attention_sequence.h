@@ -85,6 +85,20 @@ FUSED_HOST_DEVICE OwnTile own_tile(const AttentionProblem& p, bool of_queries, i
   return {sequence_of(p, first), (slot - first_slot(cu_seqlens, first, tile)) * tile};
 }
 
+// The slot of a sequence's first tile of keys.
+FUSED_HOST_DEVICE int32_t first_key_slot(const AttentionProblem& p, const Sequence& sequence,
+                                         int32_t tile) {
+  if (p.maybe_cu_seqlens_k == nullptr) return 0;
+  return first_slot(p.maybe_cu_seqlens_k, sequence.index, tile);
+}
+
+// Sequences of so few queries, as in decoding, have a forward pass of their own, in which the work
+// is dealt out by keys.
+constexpr int32_t kFewQueries = 4;
+FUSED_HOST_DEVICE bool has_few_queries(const Sequence& sequence) {
+  return sequence.seqlen_q <= kFewQueries;
+}
+
 // Where row `row` of a sequence lies in lse, and in whatever else is [B, H, S].
 FUSED_HOST_DEVICE int64_t row_of_all(const AttentionProblem& p, const Sequence& sequence,
                                      int32_t head, int32_t row) {

@@ -8,6 +8,8 @@
 //
 // A row of keys or values is read by the fewest lanes, a power of two, that have a pack each; the
 // other lanes of the warp have the next rows.
+#include <algorithm>
+
 #include "attention/attention_score.h"
 #include "attention/attention_split.h"
 #include "attention/attention_tile.cuh"
@@ -39,32 +41,36 @@ struct SplitPlace {
   Range keys;
 };
 
+// With no rows or no keys for a block that has nothing to do.
 __device__ __forceinline__ SplitPlace split_place(const AttentionProblem& p, int32_t rows) {
+  const unsigned tiles = static_cast<unsigned>((num_split_rows(p) + rows - 1) / rows);
+  const unsigned slots = static_cast<unsigned>(num_tile_slots(p, false, kSplitKeys));
+  const unsigned head_of_all = blockIdx.x / tiles / slots;
+  const OwnTile tile = own_tile(p, false, static_cast<int32_t>(head_of_all / p.num_heads_kv),
+                                static_cast<int32_t>(blockIdx.x / tiles % slots), kSplitKeys);
   SplitPlace place;
-  place.num_rows = p.num_heads / p.num_heads_kv * p.seqlen_q;
-  const unsigned tiles = static_cast<unsigned>((place.num_rows + rows - 1) / rows);
-  const unsigned splits = static_cast<unsigned>(num_splits(p));
-  unsigned index = blockIdx.x;
-  place.first_row = static_cast<int32_t>(index % tiles) * rows;
-  index /= tiles;
-  const int32_t first_key = static_cast<int32_t>(index % splits) * kSplitKeys;
-  index /= splits;
-  place.head_kv = static_cast<int32_t>(index % p.num_heads_kv);
-  place.sequence = sequence_of(p, static_cast<int32_t>(index / p.num_heads_kv));
-  place.band = visible_band(p, place.sequence);
-  const Range seen = keys_seen_by(place.sequence, place.band, 0, p.seqlen_q - 1);
-  place.keys = {max(seen.begin, first_key), min(seen.end, first_key + kSplitKeys)};
+  place.sequence = tile.sequence;
+  place.band = visible_band(p, tile.sequence);
+  place.head_kv = static_cast<int32_t>(head_of_all % p.num_heads_kv);
+  place.first_row = static_cast<int32_t>(blockIdx.x % tiles) * rows;
+  place.num_rows =
+      has_few_queries(tile.sequence) ? p.num_heads / p.num_heads_kv * tile.sequence.seqlen_q : 0;
+  const Range seen = keys_seen_by(tile.sequence, place.band, 0, tile.sequence.seqlen_q - 1);
+  place.keys = {max(seen.begin, tile.row), min(seen.end, tile.row + kSplitKeys)};
   return place;
 }
 
-// Where a chunk's share of a row lies: [Dv] sums, the maximum, the sum of the weights.
+// Where the share that a chunk of keys has in a row of a group lies: [Dv] sums, the maximum, the
+// sum of the weights.
 template <typename A>
-__device__ __forceinline__ A* partial_of(const AttentionForwardParams& p, int32_t batch,
-                                         int32_t head_kv, int32_t split, int32_t row,
-                                         int32_t num_rows) {
-  const int64_t head_of_all = static_cast<int64_t>(batch) * p.num_heads_kv + head_kv;
+__device__ __forceinline__ A* partial_of(const AttentionForwardParams& p, const Sequence& sequence,
+                                         int32_t head_kv, int32_t chunk, int32_t row) {
+  const int32_t slots = static_cast<int32_t>(num_tile_slots(p, false, kSplitKeys));
+  // Inside, whatever cu_seqlens says.
+  const int32_t slot = min(first_key_slot(p, sequence, kSplitKeys) + chunk, slots - 1);
+  const int64_t head_of_all = static_cast<int64_t>(sequence.batch) * p.num_heads_kv + head_kv;
   return static_cast<A*>(p.maybe_partials) +
-         ((head_of_all * num_splits(p) + split) * num_rows + row) * (p.head_dim_v + 2);
+         ((head_of_all * slots + slot) * num_split_rows(p) + row) * (p.head_dim_v + 2);
 }
 
 // The power of two of lanes that have a pack of `columns` each, at most a warp.
@@ -115,12 +121,13 @@ __device__ __forceinline__ void split_scores(const AttentionForwardParams& p,
       }
       const int32_t row = place.first_row + r;
       if (j >= count || lane != r % lanes) continue;
-      const int32_t head = place.head_kv * (p.num_heads / p.num_heads_kv) + row / p.seqlen_q;
-      memory.weights[r][j] = row < place.num_rows
-                                 ? final_score(p, place.sequence, place.band, head,
-                                               row % p.seqlen_q, place.keys.begin + j, sums[r])
-                                       .value
-                                 : kHiddenScore<A>;
+      const int32_t head =
+          place.head_kv * (p.num_heads / p.num_heads_kv) + row / place.sequence.seqlen_q;
+      memory.weights[r][j] = row < place.num_rows ? final_score(p, place.sequence, place.band, head,
+                                                                row % place.sequence.seqlen_q,
+                                                                place.keys.begin + j, sums[r])
+                                                        .value
+                                                  : kHiddenScore<A>;
     }
   }
 }
@@ -135,7 +142,8 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
   constexpr int kSteps = kSplitKeys / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
   const int32_t count = place.keys.end - place.keys.begin, row = place.first_row + r;
-  const int32_t head = place.head_kv * (p.num_heads / p.num_heads_kv) + row / p.seqlen_q;
+  const int32_t head =
+      place.head_kv * (p.num_heads / p.num_heads_kv) + row / place.sequence.seqlen_q;
   A score[kSteps], max = kHiddenScore<A>;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
@@ -153,7 +161,8 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
     A weight = exp(score[i] - shift);
     sum += weight;
     if (p.maybe_rng != nullptr && j < count && row < place.num_rows) {
-      weight *= dropout_scale<A>(p, place.sequence, head, row % p.seqlen_q, place.keys.begin + j);
+      weight *= dropout_scale<A>(p, place.sequence, head, row % place.sequence.seqlen_q,
+                                 place.keys.begin + j);
     }
     memory.weights[r][j] = weight;
   }
@@ -221,7 +230,8 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   static_assert(kRows <= kSplitWarps, "each row's softmax is one warp's");
   auto& memory = *shared_memory<SplitMemory<T, kRows>>();
   const SplitPlace place = split_place(p, kRows);
-  if (place.keys.end <= place.keys.begin) return;  // nor does the second kernel look here
+  // Where there are no keys the second kernel does not look.
+  if (place.first_row >= place.num_rows || place.keys.end <= place.keys.begin) return;
   const Sequence& sequence = place.sequence;
   const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, place.head_kv, p.head_dim);
   const auto v =
@@ -230,9 +240,10 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   const int32_t group = p.num_heads / p.num_heads_kv;
   for (int r = 0; r < kRows; ++r) {
     const int32_t row = min(place.first_row + r, place.num_rows - 1);
-    const auto q = query_matrix<T>(p.q, p.q_strides, sequence,
-                                   place.head_kv * group + row / p.seqlen_q, p.head_dim);
-    const T* source = q.row(row % p.seqlen_q);
+    const auto q =
+        query_matrix<T>(p.q, p.q_strides, sequence,
+                        place.head_kv * group + row / place.sequence.seqlen_q, p.head_dim);
+    const T* source = q.row(row % place.sequence.seqlen_q);
     for (int32_t d = threadIdx.x; d < p.head_dim + Pack<T>::kSize - 1; d += kSplitThreads) {
       if (d < kMaxHeadDim) memory.q[r][d] = d < p.head_dim ? load(source[d]) : A(0);
     }
@@ -240,8 +251,8 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   __syncthreads();
   split_scores(p, place, k, memory);
   __syncthreads();
-  A* const partials = partial_of<A>(p, sequence.batch, place.head_kv, place.keys.begin / kSplitKeys,
-                                    place.first_row, place.num_rows);
+  A* const partials =
+      partial_of<A>(p, sequence, place.head_kv, place.keys.begin / kSplitKeys, place.first_row);
   const int warp = threadIdx.x / kWarpSize;
   if (warp < kRows) {
     split_softmax(p, place, warp, memory, partials + int64_t{warp} * (p.head_dim_v + 2));
@@ -250,7 +261,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   split_values(place, v, memory, partials);
 }
 
-// One block for each row of each query head.
+// One block for each row of each query head that a sequence may have.
 template <typename T>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attention_split_merge_kernel(const AttentionForwardParams p) {
@@ -258,17 +269,19 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   constexpr int kColumns = kMaxHeadDim / kSplitThreads;  // of a thread
   A* const factors = shared_memory<A>();                 // [kSplitThreads], then their sums
   A* const sums = factors + kSplitThreads;
-  const int32_t row = static_cast<int32_t>(blockIdx.x % p.seqlen_q);
-  const int32_t head = static_cast<int32_t>(blockIdx.x / p.seqlen_q % p.num_heads);
+  const int32_t most_rows = min(p.seqlen_q, kFewQueries);
+  const int32_t row = static_cast<int32_t>(blockIdx.x % most_rows);
+  const int32_t head = static_cast<int32_t>(blockIdx.x / most_rows % p.num_heads);
   const Sequence sequence =
-      sequence_of(p, static_cast<int32_t>(blockIdx.x / p.seqlen_q / p.num_heads));
-  const Range seen = keys_seen_by(sequence, visible_band(p, sequence), 0, p.seqlen_q - 1);
-  const int32_t group = p.num_heads / p.num_heads_kv, num_rows = group * p.seqlen_q;
+      sequence_of(p, static_cast<int32_t>(blockIdx.x / most_rows / p.num_heads));
+  if (row >= sequence.seqlen_q || !has_few_queries(sequence)) return;
+  const Range seen = keys_seen_by(sequence, visible_band(p, sequence), 0, sequence.seqlen_q - 1);
+  const int32_t group = p.num_heads / p.num_heads_kv;
   const int32_t begin = seen.begin / kSplitKeys;
   const int32_t end = seen.end > seen.begin ? (seen.end - 1) / kSplitKeys + 1 : begin;
-  const int64_t stride = static_cast<int64_t>(num_rows) * (p.head_dim_v + 2);  // between chunks
+  const int64_t stride = int64_t{num_split_rows(p)} * (p.head_dim_v + 2);  // between chunks
   const A* const partials =
-      partial_of<A>(p, sequence.batch, head / group, 0, head % group * p.seqlen_q + row, num_rows);
+      partial_of<A>(p, sequence, head / group, 0, head % group * sequence.seqlen_q + row);
   const A* const stats = partials + p.head_dim_v;
 
   A max = kHiddenScore<A>;
@@ -317,10 +330,11 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
 
 template <typename T, int kRows>
 Status launch_split(const AttentionForwardParams& p, Stream stream) {
-  const int64_t rows = int64_t{p.num_heads / p.num_heads_kv} * p.seqlen_q;
-  const int64_t blocks =
-      int64_t{p.batch} * p.num_heads_kv * num_splits(p) * ((rows + kRows - 1) / kRows);
-  const int64_t merge_blocks = int64_t{p.batch} * p.num_heads * p.seqlen_q;
+  const int64_t blocks = int64_t{p.batch} * p.num_heads_kv * num_tile_slots(p, false, kSplitKeys) *
+                         ((num_split_rows(p) + kRows - 1) / kRows);
+  // Behind the last packed sequence may be rows that are none's.
+  const int64_t sequences = int64_t{p.num_sequences} + (p.maybe_cu_seqlens_q != nullptr);
+  const int64_t merge_blocks = sequences * p.num_heads * std::min(p.seqlen_q, kFewQueries);
   if (blocks > INT32_MAX || merge_blocks > INT32_MAX) {
     return "the problem needs 2^31 blocks or more";
   }
@@ -338,8 +352,8 @@ Status launch_split(const AttentionForwardParams& p, Stream stream) {
 Status attention_split_forward(const AttentionForwardParams& params, Stream stream) {
   return visit_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool one_row = params.num_heads == params.num_heads_kv && params.seqlen_q == 1;
-    return one_row ? launch_split<T, 1>(params, stream) : launch_split<T, 4>(params, stream);
+    return num_split_rows(params) == 1 ? launch_split<T, 1>(params, stream)
+                                       : launch_split<T, 4>(params, stream);
   });
 }
 

@@ -5,23 +5,30 @@
 
 namespace fused {
 
-constexpr int32_t kSplitQueries = 4;  // of so few, decoding, a tile of queries would be empty
-constexpr int32_t kSplitKeys = 128;   // of a block, whatever else there is: a sequence's result
-                                      // is the same in any batch
+// Keys of a block, whatever else there is: a sequence's result is the same in any batch.
+constexpr int32_t kSplitKeys = 128;
 
-// How many chunks of keys there is room for in each sequence.
-FUSED_HOST_DEVICE int32_t num_splits(const AttentionProblem& p) {
-  return (p.seqlen_k + kSplitKeys - 1) / kSplitKeys;
+// Room for the rows of a sequence in all query heads that share a key head.
+FUSED_HOST_DEVICE int32_t num_split_rows(const AttentionProblem& p) {
+  return p.num_heads / p.num_heads_kv * (p.seqlen_q < kFewQueries ? p.seqlen_q : kFewQueries);
 }
 
-// Elements, of the type of lse, that the forward pass needs as maybe_partials; 0 if it needs none:
-// [B, G, splits, rows, Dv + 2], with the rows of all query heads that share a key head.
+// Elements, of the type of lse, that the forward pass needs as maybe_partials; 0 if it splits
+// nothing: [B, G, tile slots of kSplitKeys keys, split rows, Dv + 2].
 inline int64_t split_partials(const AttentionProblem& p) {
-  if (p.maybe_cu_seqlens_q != nullptr || p.seqlen_q > kSplitQueries) return 0;
-  return int64_t{p.batch} * p.num_heads * p.seqlen_q * num_splits(p) * (p.head_dim_v + 2);
+  // Packed sequences may be of either kind.
+  if (p.maybe_cu_seqlens_q == nullptr && p.seqlen_q > kFewQueries) return 0;
+  if (p.num_heads == 0) return 0;
+  return int64_t{p.batch} * p.num_heads_kv * num_tile_slots(p, false, kSplitKeys) *
+         num_split_rows(p) * (p.head_dim_v + 2);
 }
 
-// With maybe_partials.
+// Whether a sequence is left to attention_split_forward.
+FUSED_HOST_DEVICE bool is_split(const AttentionForwardParams& p, const Sequence& sequence) {
+  return p.maybe_partials != nullptr && has_few_queries(sequence);
+}
+
+// The sequences that are split, of params with maybe_partials.
 Status attention_split_forward(const AttentionForwardParams& params, Stream stream);
 
 }  // namespace fused
