@@ -188,16 +188,19 @@ def test_large_gates_saturate(backend: torch.device) -> None:
     assert torch.equal(c[1], torch.zeros_like(c[1])) and torch.equal(h[1], torch.zeros_like(h[1]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "case",
     [c for c in CASES if c.name in ("many rows", "packed many", "packed projection reverse")],
     ids=lambda case: case.name,
 )
-def test_a_repeated_run_is_bitwise_equal(case: LSTMCase, backend: torch.device) -> None:
-    tensors, options = case.make(torch.float32, backend)
+def test_a_repeated_run_is_bitwise_equal(
+    case: LSTMCase, dtype: torch.dtype, backend: torch.device
+) -> None:
+    tensors, options = case.make(dtype, backend)
 
     def run() -> list[Tensor]:
-        inputs = leaves(tensors, torch.float32)
+        inputs = leaves(tensors, dtype)
         outputs = lstm_layer(*inputs, **options)
         return with_gradients(outputs, inputs, draw_like(outputs))
 

@@ -66,3 +66,9 @@ static inline void join_pairs(const BFloat16* low, const BFloat16* maybe_high, i
     }
   }
 }
+
+static inline void pack_elements(Pair* to, int64_t to_stride, const BFloat16* from,
+                                 int64_t from_stride, int64_t count, int64_t step_stride,
+                                 bool whole) {
+  join_pairs(from, whole ? from + step_stride : nullptr, from_stride, count, to, to_stride);
+}

@@ -40,6 +40,20 @@ static inline int64_t num_elements(int64_t steps) {
   return (steps + kSteps<E> - 1) / kSteps<E>;
 }
 
+// to[i * to_stride] = the element whose steps begin at from[i * from_stride] and lie `step_stride`
+// apart: as many as an element has, or where `whole` is false one fewer.
+template <typename T, typename A>
+static inline void pack_elements(A* to, int64_t to_stride, const T* from, int64_t from_stride,
+                                 int64_t count, int64_t /*step_stride*/, bool /*whole*/) {
+  if (to_stride == 1 && from_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i]);
+  } else if (to_stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = load(from[i * from_stride]);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i * to_stride] = load(from[i * from_stride]);
+  }
+}
+
 // Elements in a vector register.
 template <typename A>
 constexpr int64_t kLanes = FUSED_VECTOR_BYTES / sizeof(A);

@@ -239,22 +239,6 @@ static inline void finish_row(const Correlation& c, Accumulator<T>* sums, int64_
   });
 }
 
-// to[i * to_stride] = the element whose first channel is from[i * from_stride]: of as many channels
-// as an element has, or where `whole` is false of one fewer.
-template <typename T, typename A>
-static inline void pack_elements(A* to, int64_t to_stride, const T* from, int64_t from_stride,
-                                 int64_t count, int64_t, bool) {
-  if (to_stride == 1) return pack_row(to, count, from, from_stride, 0, 1, count);
-  for (int64_t i = 0; i < count; ++i) to[i * to_stride] = load(from[i * from_stride]);
-}
-#if FUSED_BFLOAT16_PAIRS
-static inline void pack_elements(Pair* to, int64_t to_stride, const BFloat16* from,
-                                 int64_t from_stride, int64_t count, int64_t channel_stride,
-                                 bool whole) {
-  join_pairs(from, whole ? from + channel_stride : nullptr, from_stride, count, to, to_stride);
-}
-#endif
-
 // The elements of `count` times `whole` channels of a unit's piece of the source, into its tile.
 template <typename T, typename E>
 static void pack_channels(const Correlation& c, const SourcePlan& plan, const Unit& unit,

@@ -18,14 +18,21 @@ constexpr int64_t kRowsWorthPacking = 256;
 
 bool is_ours(const at::Tensor& b, int64_t rows) {
   if (!b.is_cpu() || rows == 0 || b.numel() == 0) return false;
-  if (b.scalar_type() == at::kHalf) return true;
-  return b.scalar_type() == at::kFloat && rows >= kRowsWorthPacking &&
-         current_isa() != Isa::kGeneric;
+  switch (b.scalar_type()) {
+    case at::kHalf:
+      return true;
+    case at::kBFloat16:  // where the CPU multiplies it; else by the library
+      return rows >= kRowsWorthPacking && current_isa() == Isa::kAvx512Bf16;
+    case at::kFloat:
+      return rows >= kRowsWorthPacking && current_isa() != Isa::kGeneric;
+    default:
+      return false;
+  }
 }
 
 CpuMatrix cpu_matrix(const at::Tensor& tensor) {
   return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1),
-          tensor.scalar_type() == at::kHalf ? DType::kFloat16 : DType::kFloat32};
+          dtype_of("lstm", "weight", tensor)};
 }
 
 #endif
@@ -36,8 +43,9 @@ Factor::Factor(const at::Tensor& b, int64_t rows) : b_(b) {
 #if !defined(FUSED_EMULATED)
   if (!is_ours(b, rows)) return;
   const int64_t k = b.size(0), n = b.size(1);
-  packed_ = at::empty({packed_size_cpu(k, n)}, b.options().dtype(at::kFloat));
-  pack_cpu(cpu_matrix(b), k, n, packed_.mutable_data_ptr<float>());
+  const CpuMatrix matrix = cpu_matrix(b);
+  packed_ = at::empty({packed_size_cpu(matrix.dtype, k, n)}, b.options().dtype(at::kByte));
+  pack_cpu(matrix, k, n, packed_.mutable_data_ptr());
 #else
   (void)rows;
 #endif
@@ -70,7 +78,7 @@ void Factor::add(const at::Tensor& c, const at::Tensor& a) const {
 void Factor::run(const at::Tensor& c, const at::Tensor& a, bool accumulate) const {
 #if !defined(FUSED_EMULATED)
   if (a.size(0) == 0) return;
-  product_cpu({cpu_matrix(a), packed_.const_data_ptr<float>(), c.data_ptr(), c.stride(0), a.size(0),
+  product_cpu({cpu_matrix(a), packed_.const_data_ptr(), c.data_ptr(), c.stride(0), a.size(0),
                b_.size(1), b_.size(0), accumulate});
 #else
   (void)c, (void)a, (void)accumulate;

@@ -10,6 +10,11 @@
 #include "common/scratch.h"
 #include "lstm/lstm_product.h"
 
+#if FUSED_X86
+#include <immintrin.h>
+#endif
+
+#define FUSED_MULTIPLIES_BFLOAT16 1
 #define FUSED_CPU_KERNELS "lstm/lstm_product_cpu.inl"
 #include "common/for_each_isa.inl"
 
@@ -21,11 +26,11 @@ constexpr int64_t kSmallProduct = 1 << 19;
 
 }  // namespace
 
-int64_t packed_size_cpu(int64_t k, int64_t n) {
-  return FUSED_ISA_DISPATCH(product_packed_size, k, n);
+int64_t packed_size_cpu(DType dtype, int64_t k, int64_t n) {
+  return FUSED_ISA_DISPATCH(product_packed_size, dtype, k, n);
 }
 
-void pack_cpu(const CpuMatrix& b, int64_t k, int64_t n, float* packed) {
+void pack_cpu(const CpuMatrix& b, int64_t k, int64_t n, void* packed) {
   const int64_t stripes = FUSED_ISA_DISPATCH(product_stripes, n);
   parallel_for(0, stripes, (1 << 14) / (k + 1) + 1, [&](int64_t begin, int64_t end) {
     FUSED_ISA_DISPATCH(product_pack, b, k, n, packed, begin, end);

@@ -1,98 +1,125 @@
 // The CPU's matrix products of lstm_product.h, included once per instruction set.
 //
-// B is packed in stripes of three vectors' columns, [stripe][k][columns], zeros behind the last
-// column: block_gemm then reads it in order. A is copied to floats block by block unless it is rows
-// of floats already; C is summed in floats beside it.
+// B is packed as elements of a product, in stripes of the vectors that block_gemm takes at once:
+// [stripe][element of k][columns], zeros behind the last column, so that it is read in order. A is
+// copied to elements block by block unless it is rows of them already; C is summed in floats beside
+// it.
 
-constexpr int64_t kStripe = 3 * kLanes<float>;
-// Blocks of A of 64 x 128. Each block along k is summed by itself, so that rounding grows with
-// 128 + k / 128 additions and not with k: in one chain the weight gradients of 330 rows came out
-// four times as far from the truth as PyTorch's, which adds up step by step. Blocks of 256 are 5 %
-// faster.
+constexpr int64_t kStripe = kMostVectors * kLanes<float>;
+// Blocks of A of 64 rows by 128 elements. Each block along k is summed by itself, so that rounding
+// grows with 128 + k / 128 additions and not with k: in one chain the weight gradients of 330 rows
+// came out four times as far from the truth as PyTorch's, which adds up step by step. Blocks of 256
+// are 5 % faster.
 constexpr int64_t kRowBlock = 64;
 constexpr int64_t kDepthBlock = 128;
 
+// Calls visit(T{}) with the storage type of a matrix.
+template <typename Visitor>
+static inline void visit_product_dtype(DType dtype, const Visitor& visit) {
+  if (dtype == DType::kFloat16) return visit(Half{});
+  if (dtype == DType::kBFloat16) return visit(BFloat16{});
+  visit(float{});
+}
+
 static inline int64_t product_stripes(int64_t n) { return (n + kStripe - 1) / kStripe; }
 
-static int64_t product_packed_size(int64_t k, int64_t n) {
-  return product_stripes(n) * kStripe * k;
+static int64_t product_packed_size(DType dtype, int64_t k, int64_t n) {
+  int64_t bytes = 0;
+  visit_product_dtype(dtype, [&](auto zero) {
+    using E = Operand<decltype(zero)>;
+    bytes = product_stripes(n) * kStripe * num_elements<E>(k) * static_cast<int64_t>(sizeof(E));
+  });
+  return bytes;
 }
 
 template <typename T>
 static void product_pack_stripe(const CpuMatrix& b, int64_t k, int64_t n, int64_t stripe,
-                                float* packed) {
-  const T* data = static_cast<const T*>(b.data);
-  const int64_t first = stripe * kStripe;
-  const int64_t columns = std::min(kStripe, n - first);
-  float* out = packed + stripe * kStripe * k;
+                                Operand<T>* packed) {
+  using E = Operand<T>;
+  const int64_t elements = num_elements<E>(k), whole = k / kSteps<E>;
+  const int64_t first = stripe * kStripe, columns = std::min(kStripe, n - first);
+  const T* data = static_cast<const T*>(b.data) + first * b.stride1;
+  E* out = packed + stripe * kStripe * elements;
+  if (columns < kStripe) std::fill(out, out + elements * kStripe, E{});
   if (b.stride1 == 1) {
-    for (int64_t i = 0; i < k; ++i) {
-      const T* row = data + i * b.stride0 + first;
-      for (int64_t j = 0; j < columns; ++j) out[i * kStripe + j] = load(row[j]);
-      for (int64_t j = columns; j < kStripe; ++j) out[i * kStripe + j] = 0.0f;
+    for (int64_t i = 0; i < elements; ++i) {
+      pack_elements(out + i * kStripe, 1, data + i * kSteps<E> * b.stride0, 1, columns, b.stride0,
+                    i < whole);
     }
     return;
   }
-  for (int64_t j = 0; j < kStripe; ++j) {
-    const T* column = data + (first + j) * b.stride1;
-    for (int64_t i = 0; i < k; ++i) {
-      out[i * kStripe + j] = j < columns ? load(column[i * b.stride0]) : 0.0f;
-    }
+  for (int64_t j = 0; j < columns; ++j) {
+    const T* column = data + j * b.stride1;
+    const int64_t next = kSteps<E> * b.stride0;
+    pack_elements(out + j, kStripe, column, next, whole, b.stride0, true);
+    pack_elements(out + whole * kStripe + j, kStripe, column + whole * next, next, elements - whole,
+                  b.stride0, false);
   }
 }
 
-static void product_pack(const CpuMatrix& b, int64_t k, int64_t n, float* packed, int64_t begin,
+static void product_pack(const CpuMatrix& b, int64_t k, int64_t n, void* packed, int64_t begin,
                          int64_t end) {
-  for (int64_t stripe = begin; stripe < end; ++stripe) {
-    if (b.dtype == DType::kFloat16) {
-      product_pack_stripe<Half>(b, k, n, stripe, packed);
-    } else {
-      product_pack_stripe<float>(b, k, n, stripe, packed);
+  visit_product_dtype(b.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    for (int64_t stripe = begin; stripe < end; ++stripe) {
+      product_pack_stripe<T>(b, k, n, stripe, static_cast<Operand<T>*>(packed));
     }
-  }
+  });
 }
 
-// Rows [row, row + rows) and columns [depth, depth + depths) of A as floats: row after row, or
+// Rows [row, row + rows) and columns [depth, depth + depths) of A as elements: row after row, or
 // column after column where A lies so. block_gemm takes both, and a copy that turned them round
 // would miss the cache at every element.
 template <typename T>
 static void product_copy_a(const CpuMatrix& a, int64_t row, int64_t rows, int64_t depth,
-                           int64_t depths, float* out) {
+                           int64_t depths, Operand<T>* out) {
+  using E = Operand<T>;
+  const int64_t elements = num_elements<E>(depths), whole = depths / kSteps<E>;
   const T* data = static_cast<const T*>(a.data) + row * a.stride0 + depth * a.stride1;
   if (a.stride1 == 1) {
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < depths; ++j) out[i * depths + j] = load(data[i * a.stride0 + j]);
+    for (int64_t i = 0; i < rows; ++i, data += a.stride0, out += elements) {
+      pack_elements(out, 1, data, kSteps<E>, whole, 1, true);
+      pack_elements(out + whole, 1, data + whole * kSteps<E>, 1, elements - whole, 1, false);
     }
   } else {
-    for (int64_t j = 0; j < depths; ++j) {
-      for (int64_t i = 0; i < rows; ++i) {
-        out[j * rows + i] = load(data[i * a.stride0 + j * a.stride1]);
-      }
+    for (int64_t j = 0; j < elements; ++j) {
+      pack_elements(out + j * rows, 1, data + j * kSteps<E> * a.stride1, a.stride0, rows, a.stride1,
+                    j < whole);
     }
   }
+}
+
+// Whether rows of A are rows of elements as they lie.
+template <typename T>
+static inline bool product_reads_a(const CpuMatrix& a, int64_t k) {
+  constexpr int64_t kEach = kSteps<Operand<T>>;
+  return sizeof(Operand<T>) == kEach * sizeof(T) && a.stride1 == 1 && a.stride0 % kEach == 0 &&
+         k % kEach == 0;
 }
 
 // One block of rows times the stripes [stripe_begin, stripe_end).
 template <typename T>
 static void product_block(const CpuProductParams& p, int64_t row, int64_t stripe_begin,
-                          int64_t stripe_end, float* copy_of_a, float* sums) {
-  const int64_t rows = std::min(kRowBlock, p.m - row);
+                          int64_t stripe_end, Operand<T>* copy_of_a, float* sums) {
+  using E = Operand<T>;
+  const int64_t rows = std::min(kRowBlock, p.m - row), elements = num_elements<E>(p.k);
   const int64_t width = (stripe_end - stripe_begin) * kStripe;
-  const bool by_rows = p.a.stride1 == 1;
-  for (int64_t depth = 0; depth < p.k; depth += kDepthBlock) {
-    const int64_t depths = std::min(kDepthBlock, p.k - depth);
-    const float* a = copy_of_a;
+  const bool by_rows = p.a.stride1 == 1, directly = product_reads_a<T>(p.a, p.k);
+  const E* packed = static_cast<const E*>(p.packed);
+  for (int64_t depth = 0; depth < elements; depth += kDepthBlock) {
+    const int64_t depths = std::min(kDepthBlock, elements - depth), step = depth * kSteps<E>;
+    const E* a = copy_of_a;
     int64_t row_stride = by_rows ? depths : 1;
-    if (by_rows && std::is_same_v<T, float>) {
-      a = static_cast<const float*>(p.a.data) + row * p.a.stride0 + depth;
-      row_stride = p.a.stride0;
+    if (directly) {
+      a = reinterpret_cast<const E*>(static_cast<const T*>(p.a.data) + row * p.a.stride0 + step);
+      row_stride = p.a.stride0 / kSteps<E>;
     } else {
-      product_copy_a<T>(p.a, row, rows, depth, depths, copy_of_a);
+      product_copy_a<T>(p.a, row, rows, step, std::min(depths * kSteps<E>, p.k - step), copy_of_a);
     }
     for (int64_t stripe = stripe_begin; stripe < stripe_end; ++stripe) {
-      block_gemm<float>(rows, kStripe, depths, a, row_stride, by_rows ? 1 : rows,
-                        p.packed + (stripe * p.k + depth) * kStripe, kStripe,
-                        sums + (stripe - stripe_begin) * kStripe, width, depth > 0);
+      block_gemm<E>(rows, kStripe, depths, a, row_stride, by_rows ? 1 : rows,
+                    packed + (stripe * elements + depth) * kStripe, kStripe,
+                    sums + (stripe - stripe_begin) * kStripe, width, depth > 0);
     }
   }
   const int64_t first = stripe_begin * kStripe;
@@ -113,17 +140,16 @@ static void product_tasks(const CpuProductParams& p, int64_t groups, int64_t beg
   const int64_t stripes = product_stripes(p.n);
   const int64_t per_group = (stripes + groups - 1) / groups;
   const int64_t block_rows = std::min(kRowBlock, p.m);
-  const Scratch<float> copy_of_a(block_rows * std::min(kDepthBlock, p.k));
   const Scratch<float> sums(block_rows * per_group * kStripe);
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t row = task / groups * kRowBlock;
-    const int64_t stripe = task % groups * per_group;
-    const int64_t stripe_end = std::min(stripe + per_group, stripes);
-    if (stripe >= stripe_end) continue;
-    if (p.a.dtype == DType::kFloat16) {
-      product_block<Half>(p, row, stripe, stripe_end, copy_of_a.data(), sums.data());
-    } else {
-      product_block<float>(p, row, stripe, stripe_end, copy_of_a.data(), sums.data());
+  visit_product_dtype(p.a.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Scratch<Operand<T>> copy_of_a(block_rows * std::min(kDepthBlock, p.k));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / groups * kRowBlock;
+      const int64_t stripe = task % groups * per_group;
+      const int64_t stripe_end = std::min(stripe + per_group, stripes);
+      if (stripe >= stripe_end) continue;
+      product_block<T>(p, row, stripe, stripe_end, copy_of_a.data(), sums.data());
     }
-  }
+  });
 }

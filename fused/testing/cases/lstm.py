@@ -130,6 +130,7 @@ CASES = [
     LSTMCase("many threads", steps=4, batch=35, input_size=9, hidden_size=68),
     LSTMCase("many rows", steps=10, batch=33, input_size=70, hidden_size=67),
     LSTMCase("many rows of a projection", steps=9, batch=34, hidden_size=50, proj_size=49),
+    LSTMCase("many rows, an odd number", steps=9, batch=29, input_size=5, hidden_size=6),
     LSTMCase("wide", steps=3, batch=2, hidden_size=260),
     LSTMCase("long", steps=60, batch=2, hidden_size=5),
     LSTMCase("no bias", bias=False),
