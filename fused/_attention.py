@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused import _route
 from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
+from fused._attention_derivatives import transformed_attention
 from fused._attention_function import run_attention
 from fused._attention_packed import attend_jagged, is_packed
 
@@ -153,13 +154,19 @@ def attend(
         return attend_jagged(query, key, value, options)
     query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3])
-    reason = transform or _unsupported(query, key, value, options.attn_mask, enable_gqa)
-    _route.report("attention", query.device, reason)
-    if reason is not None:
+    unsupported = _unsupported(query, key, value, options.attn_mask, enable_gqa)
+    _route.report("attention", query.device, transform or unsupported)
+    if unsupported is not None or (transform is not None and need_weights):
         stock = transform is None and not need_lse and not need_weights
         return _without_kernel(query, key, value, options, enable_gqa, stock)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
+        if transform is not None:
+            return transformed_attention(q, k, v, options)
+        return Attended(*run_attention(q, k, v, options, need_weights))
+
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
-        return Attended(*run_attention(query, key, value, options, need_weights))
+        return run(query, key, value, options)
     batch = _broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))
     mask = options.attn_mask
@@ -170,7 +177,8 @@ def attend(
                 f"({len(batch) + 3}), got {list(mask.shape)}"
             )
         options = options._replace(attn_mask=_to_four_dims(mask, batch))
-    out, lse, weights = run_attention(q, k, v, options, need_weights)
+    out, lse, weights = run(q, k, v, options)
+    assert lse is not None
     shape = (*batch, *query.shape[-3:-1])
     if weights is not None:
         weights = weights.reshape(*shape, key.shape[-2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fused import _route
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 MAX_HEAD_DIM = 512
+_LOW = 0xFFFFFFFF  # 32 bits
+
+Range = tuple[int, int]  # half open
 
 
 class Options(NamedTuple):
@@ -38,6 +44,20 @@ class Options(NamedTuple):
 NUM_TENSORS = Options._fields.index("dropout_p")
 
 
+class Place(NamedTuple):
+    """Where scores lie in the problem that they are a part of."""
+
+    sequence: int = 0  # or row of the batch
+    head: int = 0
+    row: int = 0
+    key: int = 0
+    heads: int | None = None  # of the whole problem; None: those that are there are all
+    shift: int | None = None  # its keys less its queries; None as above
+
+
+WHOLE = Place()
+
+
 class Attended(NamedTuple):
     """Results, of which those that nobody asked for may be missing."""
 
@@ -56,60 +76,77 @@ def attention_composite(
     """
     if options.cu_seqlens_q is not None:
         return _packed_composite(q, k, v, options)
-    return _dense_composite(q, k, v, options, enable_gqa)
+    return dense_composite(q, k, v, options, enable_gqa)
 
 
 def _packed_composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
-    """One sequence after another. Waits for the device to learn where they lie."""
-    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
-    bounds = [cu_seqlens.tolist() for cu_seqlens in (options.cu_seqlens_q, options.cu_seqlens_k)]
+    """One sequence after another."""
     outs, lses = [], []
-    for index, ((q0, q1), (k0, k1)) in enumerate(zip(*(itertools.pairwise(b) for b in bounds))):
+    dense_options = options._replace(cu_seqlens_q=None, cu_seqlens_k=None)
+    last_row = 0
+    for index, (rows, keys) in enumerate(sequences(options)):
         one_q, one_k, one_v = (
             t[first:last].transpose(0, 1).unsqueeze(0)
-            for t, first, last in ((q, q0, q1), (k, k0, k1), (v, k0, k1))
+            for t, (first, last) in ((q, rows), (k, keys), (v, keys))
         )
-        of_one = options._replace(
-            attn_mask=_mask_of_one(options.attn_mask, index, q1 - q0, k1 - k0),
-            cu_seqlens_q=None,
-            cu_seqlens_k=None,
-        )
-        attended = _dense_composite(one_q, one_k, one_v, of_one, True, index)
+        last_row = rows[1]
+        mask = options.attn_mask
+        if mask is not None:
+            extents = ((0, rows[1] - rows[0]), (0, keys[1] - keys[0]))
+            ranges = ((index, index + 1), (0, q.shape[1]), *extents)
+            mask = completed(mask_window(mask, ranges), mask.shape, ranges)
+        of_one = dense_options._replace(attn_mask=mask)
+        attended = dense_composite(one_q, one_k, one_v, of_one, place=Place(sequence=index))
         assert attended.lse is not None
         outs.append(attended.out[0].transpose(0, 1))
         lses.append(attended.lse[0])
-    rest = q.shape[0] - bounds[0][-1]  # rows of no sequence
+    rest = q.shape[0] - last_row  # rows of no sequence
     outs.append(q.new_zeros(rest, q.shape[1], v.shape[-1]))
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     lses.append(q.new_full((q.shape[1], rest), -math.inf, dtype=dtype))
     return Attended(torch.cat(outs), torch.cat(lses, dim=-1), None)
 
 
-def _mask_of_one(mask: Tensor | None, index: int, rows: int, keys: int) -> Tensor | None:
-    """A packed problem's mask for one of its sequences: what it is short of is hidden."""
-    if mask is None:
-        return None
-    if mask.dim() == 4:
-        mask = mask[index if mask.shape[0] != 1 else 0].unsqueeze(0)
-    for dim, extent in ((-1, keys), (-2, rows)):
-        if mask.dim() < -dim or mask.shape[dim] == 1:
-            continue
-        mask = mask.narrow(dim, 0, min(extent, mask.shape[dim]))
-        missing = [0, 0] * (-dim - 1) + [0, extent - mask.shape[dim]]
-        mask = F.pad(mask, missing, value=False if mask.dtype == torch.bool else -math.inf)
+def sequences(options: Options) -> list[tuple[Range, Range]]:
+    """Where the queries and the keys of each packed sequence lie. Waits for the device."""
+    assert options.cu_seqlens_q is not None and options.cu_seqlens_k is not None
+    bounds = (cu_seqlens.tolist() for cu_seqlens in (options.cu_seqlens_q, options.cu_seqlens_k))
+    return list(zip(*(itertools.pairwise(b) for b in bounds)))
+
+
+def mask_window(mask: Tensor, ranges: Sequence[Range]) -> Tensor:
+    """The view of a mask for these ranges of [B, H, S, T], as far as the mask goes."""
+    for dim, (first, last) in zip((-4, -3, -2, -1), ranges, strict=True):
+        if mask.dim() >= -dim and mask.shape[dim] != 1:
+            first, last = min(first, mask.shape[dim]), min(last, mask.shape[dim])
+            mask = mask.narrow(dim, first, last - first)
     return mask
 
 
-def _dense_composite(
+def completed(window: Tensor, shape: Sequence[int], ranges: Sequence[Range]) -> Tensor:
+    """The `mask_window` of a mask of this shape, and what it is short of, which is hidden.
+
+    Only a mask of packed sequences is short of anything. Broadcast dimensions stay so.
+    """
+    missing = []
+    for dim in range(-1, -1 - min(len(shape), 2), -1):
+        first, last = ranges[dim]
+        missing += [0, 0 if shape[dim] == 1 else last - first - window.shape[dim]]
+    if not any(missing):
+        return window
+    return F.pad(window, missing, value=False if window.dtype == torch.bool else -math.inf)
+
+
+def dense_composite(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     options: Options,
-    enable_gqa: bool,
-    sequence: int | None = None,
+    enable_gqa: bool = True,
+    place: Place = WHOLE,
 ) -> Attended:
     with _route.without_autocast(q.device.type):
-        scores = _final_scores(q, k, options, enable_gqa)
+        scores = _final_scores(q, k, options, enable_gqa, place)
         values = _grouped(_widened(v), q, enable_gqa)
         # Rows without a key: zeros, and no gradient through the log-sum-exp of nothing.
         blind = (scores == -math.inf).all(-1, keepdim=True)
@@ -120,7 +157,7 @@ def _dense_composite(
         lse = torch.logsumexp(logits, dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
         weights = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]].masked_fill(blind, 0.0)
         if options.rng is not None:
-            weights = weights * dropout_mask(options, weights, sequence)
+            weights = weights * dropout_mask(options, weights, place)
         elif options.dropout_p != 0:
             weights = F.dropout(weights, options.dropout_p)
         return Attended((weights @ values).to(q.dtype), lse, weights.to(q.dtype))
@@ -143,20 +180,23 @@ def _widened(tensor: Tensor) -> Tensor:
 
 
 def _grouped(tensor: Tensor, q: Tensor, enable_gqa: bool) -> Tensor:
-    if not enable_gqa:
+    if not enable_gqa or q.shape[-3] == tensor.shape[-3]:
         return tensor
     return tensor.repeat_interleave(q.shape[-3] // max(tensor.shape[-3], 1), dim=-3)
 
 
-def _final_scores(q: Tensor, k: Tensor, options: Options, enable_gqa: bool) -> Tensor:
+def _final_scores(
+    q: Tensor, k: Tensor, options: Options, enable_gqa: bool, place: Place = WHOLE
+) -> Tensor:
     """[..., H, S, T]: scaled, capped, biased, and -inf where a key is hidden."""
     keys = _grouped(_widened(k), q, enable_gqa)
     scale = options.scale if options.scale is not None else 1 / math.sqrt(max(q.shape[-1], 1))
     scores = (_widened(q) @ keys.transpose(-2, -1)) * scale
-    rows = torch.arange(scores.shape[-2], device=q.device).unsqueeze(-1)
-    columns = torch.arange(scores.shape[-1], device=q.device)
+    rows = torch.arange(scores.shape[-2], device=q.device).unsqueeze(-1) + place.row
+    columns = torch.arange(scores.shape[-1], device=q.device) + place.key
     ahead = rows - columns  # of the key, and of where the row stands among the keys:
-    aligned_ahead = ahead + (scores.shape[-1] - scores.shape[-2])
+    shift = scores.shape[-1] - scores.shape[-2] if place.shift is None else place.shift
+    aligned_ahead = ahead + shift
     if options.softcap != 0:
         scores = options.softcap * torch.tanh(scores / options.softcap)
     if options.alibi_slopes is not None:
@@ -176,41 +216,45 @@ def _final_scores(q: Tensor, k: Tensor, options: Options, enable_gqa: bool) -> T
     return scores
 
 
-def dropout_mask(options: Options, weights: Tensor, sequence: int | None = None) -> Tensor:
+def draw_rng(device: torch.device) -> Tensor:
+    """(seed, offset) of a dropout mask, drawn on the device: CUDA graphs replay fresh masks."""
+    return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
+
+
+def dropout_mask(options: Options, weights: Tensor, place: Place = WHOLE) -> Tensor:
     """What the kernels multiply `weights` [B, H, S, T] by: 0, or 1 / (1 - dropout_p).
 
-    Or [1, H, S, T] of one packed sequence. The kernels tell it themselves: with q = 0 every key of
-    a row has the weight 1 / T, and with the identity as v the output is the matrix of weights.
+    `dropout_scale` of csrc/attention/attention_score.h for all places at once.
     """
-    _, heads, rows, keys = weights.shape
-    if weights.numel() == 0:
-        return torch.ones_like(weights)
-    options = Options(rng=options.rng, dropout_p=options.dropout_p, scale=1.0)
-    q = weights.new_zeros(*weights.shape[:3], 1, dtype=torch.float32)
-    k = q.new_zeros(*weights.shape[:2], keys, 1)
-    if sequence is not None:  # all sequences before it are empty
-        q, k = q[0].transpose(0, 1), k[0].transpose(0, 1)
-        bounds = [
-            F.pad(q.new_full((1,), n, dtype=torch.int32), (sequence + 1, 0)) for n in (rows, keys)
-        ]
-        options = options._replace(cu_seqlens_q=bounds[0], cu_seqlens_k=bounds[1])
-    columns = []
-    for start in range(0, keys, MAX_HEAD_DIM):
-        width = min(MAX_HEAD_DIM, keys - start)
-        v = q.new_zeros(keys, width)
-        v[start : start + width] = torch.eye(width, device=q.device)
-        shape = (*weights.shape[:2], keys, width)
-        v = v.expand(shape) if sequence is None else v[:, None].expand(keys, heads, width)
-        with torch.no_grad():
-            run = (
-                torch.ops.fused.attention_forward
-                if _route.is_traced(options.rng)
-                else (_route.kernels().attention_forward)
-            )
-            columns.append(run(q, k, v, *options)[0])
-    kept = torch.cat(columns, dim=-1) != 0
-    kept = kept if sequence is None else kept.transpose(0, 1).unsqueeze(0)
+    assert options.rng is not None
+    batch, heads, rows, keys = weights.shape
+
+    def count(number: int, first: int) -> Tensor:
+        return torch.arange(number, device=weights.device) + first
+
+    sequence = count(batch, place.sequence)[:, None, None, None]
+    head = count(heads, place.head)[:, None, None]
+    head_of_batch = sequence * (heads if place.heads is None else place.heads) + head
+    seed, offset = options.rng.unbind()
+    ahead = place.key % 4  # of the first key, in its block of four
+    blocks = count((ahead + keys + 3) // 4, place.key // 4)
+    counter = (blocks, count(rows, place.row)[:, None], head_of_batch & _LOW, offset & _LOW)
+    words = torch.broadcast_tensors(*_philox4x32_10(seed ^ (offset & ~_LOW), counter))
+    bits = torch.stack(words, dim=-1).flatten(-2)[..., ahead : ahead + keys]
+    kept = bits >= min(int(options.dropout_p * 2**32), _LOW)
     return kept.to(weights.dtype) * (0.0 if options.dropout_p == 1 else 1 / (1 - options.dropout_p))
+
+
+def _philox4x32_10(key: Tensor, counter: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """csrc/common/philox.h in int64, whose products wrap around to the bits of unsigned ones."""
+    x, y, z, w = counter
+    key_x, key_y = key & _LOW, (key >> 32) & _LOW
+    for _ in range(10):
+        of_x, of_z = x * 0xD2511F53, z * 0xCD9E8D57
+        x, z = ((of_z >> 32) & _LOW) ^ y ^ key_x, ((of_x >> 32) & _LOW) ^ w ^ key_y
+        y, w = of_z & _LOW, of_x & _LOW
+        key_x, key_y = (key_x + 0x9E3779B9) & _LOW, (key_y + 0xBB67AE85) & _LOW
+    return x, y, z, w
 
 
 def merge_attention(outputs: list[Tensor], lses: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,10 @@ from fused import _route
 from fused._attention_composite import (
     NUM_TENSORS,
     Options,
-    attention_composite,
     attention_weights,
+    draw_rng,
 )
+from fused._attention_derivatives import AttentionBackward, gradients_by_composite
 
 
 def run_attention(
@@ -24,7 +25,7 @@ def run_attention(
     The random numbers of dropout are drawn here.
     """
     if options.dropout_p > 0:
-        options = options._replace(rng=_draw_rng(q.device))
+        options = options._replace(rng=draw_rng(q.device))
     mask, slopes, sink = options[:3]
     if _route.is_traced(q, k, v, mask, slopes, sink):
         out, lse, _ = torch.ops.fused.attention_forward(q, k, v, *options)
@@ -34,11 +35,6 @@ def run_attention(
         out, lse, _ = _route.kernels().attention_forward(q, k, v, *options)
     weights = attention_weights(q, k, lse, options) if need_weights else None
     return out, lse, weights
-
-
-def _draw_rng(device: torch.device) -> Tensor:
-    """(seed, offset) of a dropout mask, drawn on the device: CUDA graphs replay fresh masks."""
-    return torch.randint(torch.iinfo(torch.int64).max, (2,), dtype=torch.int64, device=device)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -68,19 +64,17 @@ def _gradients(
     options = Options(*tensors, *ctx.options)
     needs = list(ctx.needs_input_grad[:6])
     grads: tuple[Tensor | None, ...]
-    if _route.needs_composite_gradients(grad_out, grad_lse):
-
-        def composite(*inputs: Any) -> tuple[Tensor | None, ...]:
-            q, k, v, mask, slopes, sink = inputs
-            constants = options._replace(attn_mask=mask, alibi_slopes=slopes, sink=sink)
-            return attention_composite(q, k, v, constants)[:2]
-
-        inputs = (q, k, v, *options[:3])
-        grads = _route.composite_gradients(composite, inputs, (grad_out, grad_lse))
-    else:
+    if not _route.needs_composite_gradients(grad_out, grad_lse):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
         grads = tuple(grad if needed else None for grad, needed in zip(grads, needs))
+    elif _route.is_plain(grad_out, grad_lse, q, k, v, *options[:3]):
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        constants = (needs, out.detach(), row_stats)
+        grads = AttentionBackward.apply(*constants, grad_out, grad_lse, q, k, v, *options)
+    else:
+        inputs = (q, k, v, *options[:3])
+        grads = gradients_by_composite(options, inputs, (grad_out, grad_lse))
     return (*grads, *[None] * len(options[3:]))
 
 

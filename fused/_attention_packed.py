@@ -9,16 +9,20 @@ from torch import Tensor
 
 from fused import _route
 from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
+from fused._attention_derivatives import transformed_attention
 from fused._attention_function import run_attention
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
     """q [S, H, D], k [T, G, D], v [T, G, Dv] with the cu_seqlens of checked options."""
     q, k, v = _route.autocast(q.device.type, q, k, v)
-    reason = _route.composite_reason(q, k, v, *options[:3])
+    transform = _route.composite_reason(q, k, v, *options[:3])
+    reason = transform
     if reason is None and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:
         reason = f"no kernel for head_dim {q.shape[-1]} and {v.shape[-1]} (1 to {MAX_HEAD_DIM})"
     _route.report("attention", q.device, reason)
+    if transform is not None:
+        return transformed_attention(q, k, v, options)
     if reason is not None:
         return attention_composite(q, k, v, options)
     out, lse, _ = run_attention(q, k, v, options)

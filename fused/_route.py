@@ -129,23 +129,45 @@ def needs_composite_gradients(*grad_outputs: Tensor | None) -> bool:
     With gradients enabled someone asked for `create_graph=True`; `is_grads_batched=True` hands over
     many gradients in one tensor, by a transform older than torch.func.
     """
-    if torch.is_grad_enabled() or is_transformed():
-        return True
+    return torch.is_grad_enabled() or is_transformed() or _is_batched(*grad_outputs)
+
+
+def _is_batched(*tensors: Tensor | None) -> bool:
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return not torch.compiler.is_compiling() and any(
-        grad is not None and batched(grad) for grad in grad_outputs
+    return not torch.compiler.is_compiling() and any(t is not None and batched(t) for t in tensors)
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether these are eager tensors with data of their own, and nothing but reverse mode."""
+    return (
+        not is_traced(*tensors) and composite_reason(*tensors) is None and not _is_batched(*tensors)
     )
+
+
+def is_recorded_by_transform() -> bool:
+    """Whether a reverse derivative of torch.func will keep what is computed now.
+
+    And whether that may be computed again under `torch.func.jvp` for its derivatives, which cannot
+    be inside of forward-mode AD that is not torch.func's.
+    """
+    kinds = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
+    kind = torch._C._functorch.TransformType
+    return kind.Grad in kinds and (kind.Jvp in kinds or forward_ad._current_level < 0)
 
 
 def composite_gradients(
     function: Callable[..., Tensor | tuple[Tensor | None, ...]],
     inputs: Sequence[Any],
     grad_outputs: Sequence[Tensor | None],
+    *,
+    needs: Sequence[bool] | None = None,
+    create_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `function(*inputs)`, differentiable again to any order.
 
     For a backward pass that finds `needs_composite_gradients()`. Computes `function`, made of plain
-    PyTorch operators, a second time. Returns a gradient, or None, for each input.
+    PyTorch operators, a second time. Returns a gradient, or None, for each input; `needs` says
+    which ones are wanted of those that require one.
     """
     with torch.enable_grad():
         # Views, so that inputs which are one and the same tensor get gradients of their own.
@@ -157,17 +179,22 @@ def composite_gradients(
             for out, grad in zip(outputs, grad_outputs, strict=True)
             if grad is not None and out is not None and out.requires_grad
         ]
-        wanted = [x for x in views if isinstance(x, Tensor) and x.requires_grad]
+        wanted = [
+            isinstance(x, Tensor) and x.requires_grad and (needs is None or needs[i])
+            for i, x in enumerate(views)
+        ]
+        if not pairs or not any(wanted):
+            return (None,) * len(views)
         grads = iter(
             torch.autograd.grad(
                 [out for out, _ in pairs],
-                wanted,
+                [x for x, is_wanted in zip(views, wanted) if is_wanted],
                 [grad for _, grad in pairs],
-                create_graph=True,
+                create_graph=create_graph,
                 allow_unused=True,
             )
         )
-    return tuple(next(grads) if isinstance(x, Tensor) and x.requires_grad else None for x in views)
+    return tuple(next(grads) if is_wanted else None for is_wanted in wanted)
 
 
 def autocast(device_type: str, *tensors: Unpack[_Tensors]) -> tuple[Unpack[_Tensors]]:

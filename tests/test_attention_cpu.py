@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from peak_memory import peak_memory, reset_peak_memory
 
 from fused.functional import scaled_dot_product_attention
 from fused.testing.attention import assert_case, draw_grads, run_fused
@@ -115,22 +114,6 @@ def test_masks_as_they_lie(kind: str, layout: str) -> None:
     for name in ("out", "grad of query", "grad of key", "grad of value"):
         assert torch.equal(plain[name], other[name]), name
     assert_case(case, torch.float32, CPU)
-
-
-def peak_memory() -> int:
-    """Bytes that the process held at most since the last reset_peak_memory()."""
-    status = Path("/proc/self/status").read_text()
-    match = re.search(r"VmHWM:\s+(\d+) kB", status)
-    assert match is not None
-    return 1024 * int(match[1])
-
-
-def reset_peak_memory() -> int:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pytest.skip("this system does not reset the peak of a process's memory")
-    return peak_memory()
 
 
 def test_memory_grows_with_the_length_alone() -> None:
