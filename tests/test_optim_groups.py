@@ -130,6 +130,32 @@ def test_states_that_were_there_stay(backend: torch.device) -> None:
     assert_unchanged(before, snapshot(params, optimizer))
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_tensor_replaced_during_a_step(cls: type, backend: torch.device) -> None:
+    """By another thread, say, when its group's step is ready: memory that is gone is not read."""
+    params = [leaf(torch.ones(4, device=backend)) for _ in range(2)]
+    optimizer = cls([{"params": [p]} for p in params], **OPTIONS[cls])
+    for step in range(3):
+        set_gradients(params, step)
+        optimizer.step()
+    call = optimizer._kernel_call
+
+    def replace(**arguments: Any) -> Any:
+        outcome = call(**arguments)
+        if arguments["params"][0] is params[1]:
+            params[0].grad = None
+        return outcome
+
+    before = snapshot(params, optimizer)
+    optimizer._kernel_call = replace
+    with pytest.raises(ValueError, match="groups must stay as they are during a step"):
+        optimizer.step()
+    assert_unchanged(before, snapshot(params, optimizer))
+    del optimizer._kernel_call
+    optimizer.step()
+    assert torch.equal(params[0], before[0][0]) and not torch.equal(params[1], before[0][1])
+
+
 def test_stock_steps_come_before_any_other(backend: torch.device) -> None:
     """Stock's functions may fail in the middle: the kernels' groups are then as they were."""
     params = [leaf(torch.ones(4, 2, device=backend)) for _ in range(2)]

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -97,19 +98,29 @@ struct RuleNames {
 // Below this many elements a step is over before another thread would have got the interpreter.
 constexpr int64_t kBriefStep = 1 << 18;
 
-// A group's step that is ready, with what it reads.
+// A group's step that is ready, and what was kept for it.
 class PlannedStep {
  public:
+  using Walk = std::function<bool()>;
+
   PlannedStep(const RuleNames& names, KeptGroups::Loan kept)
       : names_(names), kept_(std::move(kept)) {}
 
   KeptGroup* kept() { return kept_.operator->(); }
-  void set(std::unique_ptr<ReadyStep> step, bool is_brief) {
+  // `walk`: whether a kept step, which owns none of its tensors, still finds them. A gathered step
+  // owns them and needs no walk.
+  void set(std::unique_ptr<ReadyStep> step, bool is_brief, Walk walk) {
     step_ = std::move(step);
     is_brief_ = is_brief;
+    walk_ = std::move(walk);
   }
-  // Of a kept step, which owns nothing: for as long as other code may run.
-  void hold() { held_ = kept_->step.hold(); }
+
+  bool is_brief() const { return is_brief_; }
+  bool is_as_planned() const { return !walk_ || walk_(); }
+  // For as long as other threads may run.
+  void hold() {
+    if (walk_) held_ = kept_->step.hold();
+  }
 
   void make() {
     if (!step_) return;
@@ -122,6 +133,7 @@ class PlannedStep {
  private:
   RuleNames names_;
   KeptGroups::Loan kept_;
+  Walk walk_;
   std::vector<at::Tensor> held_;
   std::unique_ptr<ReadyStep> step_;
   bool is_brief_ = false;
@@ -132,8 +144,20 @@ class PlannedStep {
 class StepPlan {
  public:
   void add(PlannedStep step) { steps_.push_back(std::move(step)); }
+
   void make() {
     std::vector<PlannedStep> steps = std::move(steps_);
+    bool all_brief = true;
+    for (const PlannedStep& step : steps) {
+      // To look again is cheaper than to hold thousands of small tensors.
+      FUSED_CHECK_VALUE(step.is_as_planned(),
+                        "optimizer: groups must stay as they are during a step, got a tensor that "
+                        "was replaced meanwhile");
+      all_brief &= step.is_brief();
+    }
+    for (PlannedStep& step : steps) {
+      if (!all_brief) step.hold();
+    }
     for (PlannedStep& step : steps) step.make();
   }
 
@@ -163,8 +187,14 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
   if (kept.purpose == purpose && !kept.step.may_be_skipped(options) &&
       is_as_kept(kept.step, params, state, names, common)) {
     const bool is_brief = kept.step.numel() < kBriefStep;
-    step.set(prepare(std::as_const(kept.step)), is_brief);
-    if (!check_only && (maybe_plan != nullptr || !is_brief)) step.hold();
+    PlannedStep::Walk walk;
+    if (maybe_plan != nullptr || !is_brief) {
+      walk = [&kept, &names, params, state, common] {
+        return is_as_kept(kept.step, params, state, names, common);
+      };
+    }
+    step.set(prepare(std::as_const(kept.step)), is_brief, std::move(walk));
+    if (!check_only && maybe_plan == nullptr) step.hold();
   } else {
     kept_groups->count_gathering();
     Gathered group(params, state, names, common);
@@ -177,7 +207,7 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
     kept.step.forget();  // what it was for is another now, whether this step fails or not
     kept.purpose = purpose;
     const py::gil_scoped_release no_gil;
-    step.set(prepare(std::move(group.tensors), &kept.step), /*is_brief=*/false);
+    step.set(prepare(std::move(group.tensors), &kept.step), /*is_brief=*/false, /*walk=*/{});
   }
   if (maybe_plan != nullptr) {
     maybe_plan->add(std::move(step));
