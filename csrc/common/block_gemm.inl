@@ -78,11 +78,13 @@ struct Listed {
 
 // C[kRows, kVectors * lanes] (+)= A[kRows, k] B[k, kVectors * lanes], C held in registers.
 // A's elements lie at a[rows_a[row] + steps_a[k]], B's rows begin at b[steps_b[k]], C's at
-// c[rows_c[row]].
+// c[rows_c[row]]. A function of its own always: the addresses alone fill the general registers, and
+// inlined among others its loop would spill them.
 template <typename E, int kRows, int kVectors, typename RowsA, typename StepsA, typename StepsB,
           typename RowsC>
-static inline void gemm_tile(int64_t k, const E* a, RowsA rows_a, StepsA steps_a, const E* b,
-                             StepsB steps_b, ProductSum<E>* c, RowsC rows_c, bool accumulate) {
+__attribute__((noinline)) static void gemm_tile(int64_t k, const E* a, RowsA rows_a, StepsA steps_a,
+                                                const E* b, StepsB steps_b, ProductSum<E>* c,
+                                                RowsC rows_c, bool accumulate) {
   using Sum = ProductSum<E>;
   using SumVector = typename VectorOf<Sum>::type;
   using UnalignedSum = typename VectorOf<Sum>::unaligned_type;
