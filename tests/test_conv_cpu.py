@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import sys
 
 import pytest
 import torch
@@ -90,7 +91,6 @@ print("read nothing else")
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="mprotect by ctypes")
 def test_nothing_is_read_behind_a_tensor() -> None:
     """In a process of its own, which ends where a page is touched that cannot be read."""
     answer = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
