@@ -60,6 +60,18 @@ __device__ __forceinline__ SplitPlace split_place(const AttentionProblem& p, int
   return place;
 }
 
+// Row first_row + r of the group, if there is one.
+struct GroupRow {
+  int32_t head, query;
+  bool exists;
+};
+__device__ __forceinline__ GroupRow group_row(const AttentionProblem& p, const SplitPlace& place,
+                                              int r) {
+  const int32_t row = place.first_row + r, queries = place.sequence.seqlen_q;
+  return {place.head_kv * (p.num_heads / p.num_heads_kv) + row / queries, row % queries,
+          row < place.num_rows};
+}
+
 // Where the share that a chunk of keys has in a row of a group lies: [Dv] sums, the maximum, the
 // sum of the weights.
 template <typename A>
@@ -81,7 +93,8 @@ __device__ __forceinline__ int lanes_of_row(int32_t columns) {
   return lanes;
 }
 
-// One pack of row `row`, from column `column` on.
+// One pack of row `row`, from column `column` on. (load_tile has the same in its own words: by a
+// call of this the other kernels would spill.)
 template <typename T, template <typename> class Matrix>
 __device__ __forceinline__ Pack<T> load_part(const Matrix<T>& matrix, bool aligned, int32_t row,
                                              int32_t column) {
@@ -90,7 +103,7 @@ __device__ __forceinline__ Pack<T> load_part(const Matrix<T>& matrix, bool align
   return aligned && inside >= Pack<T>::kSize ? load_pack(source) : load_pack_partly(source, inside);
 }
 
-// tiles.weights[r][j] = the score of row first_row + r for key keys.begin + j.
+// memory.weights[r][j] = the score of row first_row + r for key keys.begin + j.
 template <int kRows, typename T, template <typename> class Matrix>
 __device__ __forceinline__ void split_scores(const AttentionForwardParams& p,
                                              const SplitPlace& place, const Matrix<T>& k,
@@ -119,15 +132,12 @@ __device__ __forceinline__ void split_scores(const AttentionForwardParams& p,
         const A other = __shfl_xor_sync(kFullWarp, sums[r], offset);
         sums[r] += offset < lanes ? other : A(0);
       }
-      const int32_t row = place.first_row + r;
       if (j >= count || lane != r % lanes) continue;
-      const int32_t head =
-          place.head_kv * (p.num_heads / p.num_heads_kv) + row / place.sequence.seqlen_q;
-      memory.weights[r][j] = row < place.num_rows ? final_score(p, place.sequence, place.band, head,
-                                                                row % place.sequence.seqlen_q,
-                                                                place.keys.begin + j, sums[r])
-                                                        .value
-                                                  : kHiddenScore<A>;
+      const GroupRow row = group_row(p, place, r);
+      memory.weights[r][j] = row.exists ? final_score(p, place.sequence, place.band, row.head,
+                                                      row.query, place.keys.begin + j, sums[r])
+                                              .value
+                                        : kHiddenScore<A>;
     }
   }
 }
@@ -141,15 +151,14 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
   using A = Accumulator<T>;
   constexpr int kSteps = kSplitKeys / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
-  const int32_t count = place.keys.end - place.keys.begin, row = place.first_row + r;
-  const int32_t head =
-      place.head_kv * (p.num_heads / p.num_heads_kv) + row / place.sequence.seqlen_q;
+  const int32_t count = place.keys.end - place.keys.begin;
+  const GroupRow row = group_row(p, place, r);
   A score[kSteps], max = kHiddenScore<A>;
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int32_t j = i * kWarpSize + lane;
     score[i] = j < count ? memory.weights[r][j] : kHiddenScore<A>;
-    max = score[i] > max || score[i] != score[i] ? score[i] : max;  // NaN wins, as in warp_max
+    max = max_or_nan(max, score[i]);
   }
   max = warp_max(max);
   // A row that sees none of these keys has no maximum: anything finite will do, its weights are 0.
@@ -160,14 +169,13 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
     const int32_t j = i * kWarpSize + lane;
     A weight = exp(score[i] - shift);
     sum += weight;
-    if (p.maybe_rng != nullptr && j < count && row < place.num_rows) {
-      weight *= dropout_scale<A>(p, place.sequence, head, row % place.sequence.seqlen_q,
-                                 place.keys.begin + j);
+    if (p.maybe_rng != nullptr && j < count && row.exists) {
+      weight *= dropout_scale<A>(p, place.sequence, row.head, row.query, place.keys.begin + j);
     }
     memory.weights[r][j] = weight;
   }
   sum = warp_sum(sum);
-  if (lane == 0 && row < place.num_rows) {
+  if (lane == 0 && row.exists) {
     partial[p.head_dim_v] = max;
     partial[p.head_dim_v + 1] = sum;
   }
@@ -237,15 +245,13 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   const auto v =
       cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, place.head_kv, p.head_dim_v);
 
-  const int32_t group = p.num_heads / p.num_heads_kv;
   for (int r = 0; r < kRows; ++r) {
-    const int32_t row = min(place.first_row + r, place.num_rows - 1);
-    const auto q =
-        query_matrix<T>(p.q, p.q_strides, sequence,
-                        place.head_kv * group + row / place.sequence.seqlen_q, p.head_dim);
-    const T* source = q.row(row % place.sequence.seqlen_q);
+    const GroupRow row = group_row(p, place, r);
+    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, row.head, p.head_dim);
     for (int32_t d = threadIdx.x; d < p.head_dim + Pack<T>::kSize - 1; d += kSplitThreads) {
-      if (d < kMaxHeadDim) memory.q[r][d] = d < p.head_dim ? load(source[d]) : A(0);
+      if (d < kMaxHeadDim) {
+        memory.q[r][d] = row.exists && d < p.head_dim ? load(q.row(row.query)[d]) : A(0);
+      }
     }
   }
   __syncthreads();
@@ -287,14 +293,13 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   A max = kHiddenScore<A>;
   for (int32_t split = begin + static_cast<int32_t>(threadIdx.x); split < end;
        split += kSplitThreads) {
-    const A of_split = stats[split * stride];
-    max = of_split > max || of_split != of_split ? of_split : max;
+    max = max_or_nan(max, stats[split * stride]);
   }
   max = warp_max(max);
   if (threadIdx.x % kWarpSize == 0) factors[threadIdx.x / kWarpSize] = max;
   __syncthreads();
   for (int w = 0; w < kSplitWarps; ++w) {
-    max = factors[w] > max || factors[w] != factors[w] ? factors[w] : max;
+    max = max_or_nan(max, factors[w]);
   }
   const A shift = max == kHiddenScore<A> ? A(0) : max;
 

@@ -18,10 +18,14 @@ __device__ __forceinline__ A warp_sum(A value) {
 
 // NaN wins, as in torch.max.
 template <typename A>
+__device__ __forceinline__ A max_or_nan(A value, A other) {
+  return (other > value || other != other) ? other : value;
+}
+
+template <typename A>
 __device__ __forceinline__ A warp_max(A value) {
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    const A other = __shfl_xor_sync(kFullWarp, value, offset);
-    value = (other > value || other != other) ? other : value;
+    value = max_or_nan(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
   return value;
 }
