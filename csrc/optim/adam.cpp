@@ -47,13 +47,13 @@ struct AdamStep {
 
 }  // namespace
 
-std::unique_ptr<ReadyStep> prepare_adam(StepTensors tensors, const AdamOptions& options,
-                                        bool check_only, KeptStep* maybe_keep) {
+std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const AdamOptions& options, bool check_only,
+                                   KeptStep* maybe_keep) {
   return prepare_step<AdamStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-std::unique_ptr<ReadyStep> prepare_adam(const KeptStep& kept, const AdamOptions& options,
-                                        bool check_only) {
+std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const AdamOptions& options,
+                                   bool check_only) {
   return prepare_kept<AdamStep>(kept, options, check_only);
 }
 
@@ -83,8 +83,8 @@ void adam_op(at::TensorList params, at::TensorList grads, at::TensorList exp_avg
                             tensor_lr,
                             tensor_beta1,
                             tensor_beta2};
-  const auto step = prepare_adam(std::move(tensors), options, /*check_only=*/false,
-                                 /*maybe_keep=*/nullptr);
+  const auto step = prepare(std::move(tensors), options, /*check_only=*/false,
+                            /*maybe_keep=*/nullptr);
   if (step) step->make();
 }
 

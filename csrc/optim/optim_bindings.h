@@ -167,13 +167,13 @@ class StepPlan {
 
 // Makes one step of a group, or adds it to `maybe_plan`, or checks that it would succeed. Returns
 // None when that is done, else why it was not, with nothing changed: "uninitialised" where a
-// parameter has no state yet, or what keeps the kernels from these tensors. `prepare` makes it
-// ready of a kept step or of gathered tensors.
-template <typename Prepare>
+// parameter has no state yet, or what keeps the kernels from these tensors. The options say by
+// which rule.
+template <typename Options>
 Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_groups,
                    const py::list& params, const py::dict& state, const StateNames& names,
-                   const CommonArguments& common, bool check_only, StepPlan* maybe_plan,
-                   const Prepare& prepare) {
+                   const CommonArguments& common, const Options& rule_options, bool check_only,
+                   StepPlan* maybe_plan) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
   const StepOptions& options = common.options;
   const KeptGroup::Purpose purpose{&names,
@@ -193,7 +193,8 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
         return is_as_kept(kept.step, params, state, names, common);
       };
     }
-    step.set(prepare(std::as_const(kept.step)), is_brief, std::move(walk));
+    step.set(prepare(std::as_const(kept.step), rule_options, check_only), is_brief,
+             std::move(walk));
     if (!check_only && maybe_plan == nullptr) step.hold();
   } else {
     kept_groups->count_gathering();
@@ -207,7 +208,8 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
     kept.step.forget();  // what it was for is another now, whether this step fails or not
     kept.purpose = purpose;
     const py::gil_scoped_release no_gil;
-    step.set(prepare(std::move(group.tensors), &kept.step), /*is_brief=*/false, /*walk=*/{});
+    step.set(prepare(std::move(group.tensors), rule_options, check_only, &kept.step),
+             /*is_brief=*/false, /*walk=*/{});
   }
   if (maybe_plan != nullptr) {
     maybe_plan->add(std::move(step));
@@ -250,11 +252,7 @@ inline Outcome adam_group(
                             beta1_number.tensor,
                             beta2_number.tensor};
   return step_group({"adam", "fused::adam_"}, kept, params, state, amsgrad ? with_max : without_max,
-                    common, check_only, plan.value_or(nullptr),
-                    [&](auto&& tensors, auto*... maybe_keep) {
-                      return prepare_adam(std::forward<decltype(tensors)>(tensors), options,
-                                          check_only, maybe_keep...);
-                    });
+                    common, options, check_only, plan.value_or(nullptr));
 }
 
 // `first_step`: the momentum buffers are there and hold nothing yet.
@@ -277,11 +275,8 @@ inline Outcome sgd_group(
   const SgdOptions options{common.options, lr_number.value, weight_decay, momentum,
                            dampening,      nesterov,        first_step,   lr_number.tensor};
   return step_group({"sgd", "fused::sgd_"}, kept, params, state,
-                    momentum != 0 ? with_momentum : without_momentum, common, check_only,
-                    plan.value_or(nullptr), [&](auto&& tensors, auto*... maybe_keep) {
-                      return prepare_sgd(std::forward<decltype(tensors)>(tensors), options,
-                                         check_only, maybe_keep...);
-                    });
+                    momentum != 0 ? with_momentum : without_momentum, common, options, check_only,
+                    plan.value_or(nullptr));
 }
 
 using Tensors = std::vector<at::Tensor>;

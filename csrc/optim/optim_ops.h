@@ -75,16 +75,16 @@ class ReadyStep {
 // Throws for what does not fit together. `check_only` stops there. Nothing comes back where there
 // is nothing to be done. The step is kept in `maybe_keep`, which must then outlive it, where the
 // next one can be made of what it has gathered.
-FUSED_API std::unique_ptr<ReadyStep> prepare_adam(StepTensors tensors, const AdamOptions& options,
-                                                  bool check_only, KeptStep* maybe_keep);
-FUSED_API std::unique_ptr<ReadyStep> prepare_sgd(StepTensors tensors, const SgdOptions& options,
-                                                 bool check_only, KeptStep* maybe_keep);
+FUSED_API std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const AdamOptions& options,
+                                             bool check_only, KeptStep* maybe_keep);
+FUSED_API std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const SgdOptions& options,
+                                             bool check_only, KeptStep* maybe_keep);
 
 // The same for a kept step whose tensors are as they were, and stay so until it is made.
-FUSED_API std::unique_ptr<ReadyStep> prepare_adam(const KeptStep& kept, const AdamOptions& options,
-                                                  bool check_only);
-FUSED_API std::unique_ptr<ReadyStep> prepare_sgd(const KeptStep& kept, const SgdOptions& options,
-                                                 bool check_only);
+FUSED_API std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const AdamOptions& options,
+                                             bool check_only);
+FUSED_API std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const SgdOptions& options,
+                                             bool check_only);
 
 // Throws unless the kernels of `op` can update each parameter by its gradient.
 FUSED_API void check_gradients(const char* op, at::TensorList params, at::TensorList grads);

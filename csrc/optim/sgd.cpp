@@ -38,13 +38,13 @@ struct SgdStep {
 
 }  // namespace
 
-std::unique_ptr<ReadyStep> prepare_sgd(StepTensors tensors, const SgdOptions& options,
-                                       bool check_only, KeptStep* maybe_keep) {
+std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const SgdOptions& options, bool check_only,
+                                   KeptStep* maybe_keep) {
   return prepare_step<SgdStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-std::unique_ptr<ReadyStep> prepare_sgd(const KeptStep& kept, const SgdOptions& options,
-                                       bool check_only) {
+std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const SgdOptions& options,
+                                   bool check_only) {
   return prepare_kept<SgdStep>(kept, options, check_only);
 }
 
@@ -67,8 +67,8 @@ void sgd_op(at::TensorList params, at::TensorList grads, at::TensorList momentum
                            nesterov,
                            first_step,
                            tensor_lr};
-  const auto step = prepare_sgd(std::move(tensors), options, /*check_only=*/false,
-                                /*maybe_keep=*/nullptr);
+  const auto step = prepare(std::move(tensors), options, /*check_only=*/false,
+                            /*maybe_keep=*/nullptr);
   if (step) step->make();
 }
 
