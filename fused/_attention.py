@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import _route
-from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
+from fused._attention_composite import (
+    MAX_HEAD_DIM,
+    Attended,
+    Options,
+    attention_composite,
+    compute_dtype,
+)
 from fused._attention_derivatives import transformed_attention
 from fused._attention_function import run_attention
 from fused._attention_packed import attend_jagged, is_packed
@@ -235,8 +241,7 @@ def _head_values(argument: str, values: Tensor, query: Tensor) -> Tensor:
             f"attention: {argument} must be on the device of query ({query.device}), "
             f"got {values.device}"
         )
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return values.to(dtype).contiguous()
+    return values.to(compute_dtype(query)).contiguous()
 
 
 def _without_kernel(

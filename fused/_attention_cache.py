@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused import _route
 from fused._attention import Extras, make_options, results
-from fused._attention_composite import Attended
+from fused._attention_composite import Attended, compute_dtype
 from fused._attention_function import empty_heads
 
 if TYPE_CHECKING:
@@ -128,5 +128,5 @@ def attention_with_kv_cache(
 
 @torch.library.register_fake("fused::attention_with_kv_cache")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return empty_heads(q, v_cache.shape[-1]), q.new_empty(q.shape[:3], dtype=dtype)
+    lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
+    return empty_heads(q, v_cache.shape[-1]), lse

@@ -100,11 +100,15 @@ def _packed_composite(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Atte
         assert attended.lse is not None
         outs.append(attended.out[0].transpose(0, 1))
         lses.append(attended.lse[0])
-    rest = q.shape[0] - last_row  # rows of no sequence
-    outs.append(q.new_zeros(rest, q.shape[1], v.shape[-1]))
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lses.append(q.new_full((q.shape[1], rest), -math.inf, dtype=dtype))
-    return Attended(torch.cat(outs), torch.cat(lses, dim=-1), None)
+    rest, rest_lse = rows_of_no_sequence(q, v, last_row)
+    return Attended(torch.cat([*outs, rest]), torch.cat([*lses, rest_lse], dim=-1), None)
+
+
+def rows_of_no_sequence(q: Tensor, v: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """The results of packed rows from the first one on that lies behind the last sequence."""
+    rows, heads = q.shape[0] - first, q.shape[1]
+    lse = q.new_full((heads, rows), -math.inf, dtype=compute_dtype(q))
+    return q.new_zeros(rows, heads, v.shape[-1]), lse
 
 
 def sequences(options: Options) -> list[tuple[Range, Range]]:
@@ -173,6 +177,11 @@ def attention_weights(q: Tensor, k: Tensor, lse: Tensor, options: Options) -> Te
         if options.rng is not None:
             weights = weights * dropout_mask(options, weights)
         return weights.to(q.dtype)
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """What the kernels compute in, and give the log-sum-exp in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _widened(tensor: Tensor) -> Tensor:

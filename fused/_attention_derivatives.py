@@ -6,7 +6,6 @@ is dropped before the next, so that no whole matrix of scores is ever held.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +19,10 @@ from fused._attention_composite import (
     Options,
     Range,
     attention_composite,
+    compute_dtype,
     dense_composite,
     draw_rng,
+    rows_of_no_sequence,
 )
 from fused._attention_tiles import Problem, Tile, cut, packed, problems, tiles, unpacked
 
@@ -47,20 +48,14 @@ def transformed_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
 
     def attend(part: Problem | None) -> Results:
         if part is None:
-            return _rest(q, v, sum(part.rows for part in parts))
+            rest = rows_of_no_sequence(q, v, sum(part.rows for part in parts))
+            return unpacked(rest[0]), rest[1].unsqueeze(0)
         return _in_tiles(part, options, inputs, again)
 
     if not is_packed:
         return Attended(*attend(parts[0]), None)
     out, lse = _joined(2, attend, [*parts, None])
     return Attended(packed(out), packed(lse), None)
-
-
-def _rest(q: Tensor, v: Tensor, first: int) -> Results:
-    """The results of packed rows that belong to no sequence."""
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    shape = (1, q.shape[1], q.shape[0] - first)
-    return q.new_zeros(*shape, v.shape[-1]), q.new_full(shape, -math.inf, dtype=dtype)
 
 
 def _in_tiles(problem: Problem, options: Options, inputs: Sequence[Any], again: bool) -> Results:
@@ -176,6 +171,15 @@ def _of_floating(run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, .
     return function, *(x for x in inputs if _is_floating(x))
 
 
+def kernel_gradients(
+    ops: Any, needs: list[bool], out: Tensor, row_stats: Tensor, grad_out: Tensor,
+    grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """What `ops.attention_backward` gives where it is needed, None elsewhere."""
+    grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs))
+
+
 class AttentionBackward(torch.autograd.Function):
     """The gradients of q, k, v, mask, slopes and sink by the kernels, differentiable again."""
 
@@ -187,9 +191,8 @@ class AttentionBackward(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_out, grad_lse, q, k, v, *options[:NUM_TENSORS])
         ctx.options = options[NUM_TENSORS:]
-        run = _route.kernels().attention_backward
-        grads = run(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
-        return tuple(grad if needed else None for grad, needed in zip(grads, needs))
+        given = (out, row_stats, grad_out, grad_lse, q, k, v, *options)
+        return kernel_gradients(_route.kernels(), needs, *given)
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -239,7 +242,7 @@ def _second_in_tiles(
     if options.cu_seqlens_q is not None:
         inputs = (*map(_unpacked_or_none, inputs[:5]), *inputs[5:])
         grad_grads = (*map(_unpacked_or_none, grad_grads[:3]), *grad_grads[3:])
-    dtype = torch.float64 if given[0].dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(given[0])
     sums = [torch.zeros_like(x, dtype=dtype) if need else None for x, need in zip(inputs, needs)]
     for problem in problems(inputs[2], inputs[3], options):
         for tile in tiles(problem, options):

@@ -12,9 +12,14 @@ from fused._attention_composite import (
     NUM_TENSORS,
     Options,
     attention_weights,
+    compute_dtype,
     draw_rng,
 )
-from fused._attention_derivatives import AttentionBackward, gradients_by_composite
+from fused._attention_derivatives import (
+    AttentionBackward,
+    gradients_by_composite,
+    kernel_gradients,
+)
 
 
 def run_attention(
@@ -63,19 +68,16 @@ def _gradients(
     q, k, v, out, row_stats, *tensors = ctx.saved_tensors
     options = Options(*tensors, *ctx.options)
     needs = list(ctx.needs_input_grad[:6])
-    grads: tuple[Tensor | None, ...]
-    if not _route.needs_composite_gradients(grad_out, grad_lse):
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = ops.attention_backward(grad_out, grad_lse, q, k, v, out, row_stats, *options, needs)
-        grads = tuple(grad if needed else None for grad, needed in zip(grads, needs))
-    elif _route.is_plain(grad_out, grad_lse, q, k, v, *options[:3]):
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        constants = (needs, out.detach(), row_stats)
-        grads = AttentionBackward.apply(*constants, grad_out, grad_lse, q, k, v, *options)
-    else:
-        inputs = (q, k, v, *options[:3])
-        grads = gradients_by_composite(options, inputs, (grad_out, grad_lse))
-    return (*grads, *[None] * len(options[3:]))
+    constants = [None] * len(options[3:])
+    differentiable = _route.needs_composite_gradients(grad_out, grad_lse)
+    inputs = (q, k, v, *options[:3])
+    if differentiable and not _route.is_plain(grad_out, grad_lse, *inputs):
+        return (*gradients_by_composite(options, inputs, (grad_out, grad_lse)), *constants)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    given = (grad_out, grad_lse, q, k, v, *options)
+    if differentiable:
+        return (*AttentionBackward.apply(needs, out.detach(), row_stats, *given), *constants)
+    return (*kernel_gradients(ops, needs, out, row_stats, *given), *constants)
 
 
 def empty_heads(like: Tensor, width: int) -> Tensor:
@@ -89,9 +91,8 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("fused::attention_forward")
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     rows = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    lse = q.new_empty(rows, dtype=dtype)
+    lse = q.new_empty(rows, dtype=compute_dtype(q))
     return empty_heads(q, v.shape[-1]), lse, lse.new_empty(2, *rows)
 
 

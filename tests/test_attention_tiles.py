@@ -73,6 +73,16 @@ def assert_same(actual: list[Tensor | None], expected: list[Tensor | None]) -> N
             torch.testing.assert_close(a, b)
 
 
+def assert_tiles_mean_the_whole(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    leaves: list[Tensor],
+    by_composite: Callable[[], None],
+) -> None:
+    actual = second_derivatives(attend, leaves)
+    by_composite()
+    assert_same(actual, second_derivatives(attend, leaves))
+
+
 @pytest.mark.parametrize("case", [*CASES, *VARLEN_CASES], ids=lambda case: case.name)
 def test_tiles_mean_what_the_whole_means(
     case: AttentionCase,
@@ -86,9 +96,7 @@ def test_tiles_mean_what_the_whole_means(
     def attend() -> tuple[Tensor, Tensor]:
         return function(*leaves[:3], **options)
 
-    actual = second_derivatives(attend, leaves)
-    by_composite()
-    assert_same(actual, second_derivatives(attend, leaves))
+    assert_tiles_mean_the_whole(attend, leaves, by_composite)
 
 
 @pytest.mark.parametrize("case", [EVERYTHING, PACKED], ids=lambda case: case.name)
@@ -105,9 +113,7 @@ def test_tiles_drop_what_the_kernel_drops(
     def attend() -> tuple[Tensor, Tensor]:
         return AttentionFunction.apply(*leaves[:3], *constants)
 
-    actual = second_derivatives(attend, leaves)
-    by_composite()
-    assert_same(actual, second_derivatives(attend, leaves))
+    assert_tiles_mean_the_whole(attend, leaves, by_composite)
 
 
 def test_dropout_mask_of_a_part_is_part_of_the_mask() -> None:
@@ -143,9 +149,7 @@ def test_a_packed_mask_that_is_too_short_hides_the_rest(
     def attend() -> tuple[Tensor, Tensor]:
         return varlen_attention(*leaves[:3], **options)
 
-    actual = second_derivatives(attend, leaves)
-    by_composite()
-    assert_same(actual, second_derivatives(attend, leaves))
+    assert_tiles_mean_the_whole(attend, leaves, by_composite)
 
 
 def test_low_precision_adds_up_in_float32(
