@@ -174,6 +174,14 @@ def lstm_layer_forward(
     batch_sizes: Tensor | None,
     reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def rotary(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    interleaved: bool,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]: ...
 def sgd_group(
     kept: KeptGroups,
     params: list,

@@ -10,6 +10,7 @@ from fused._attention_composite import merge_attention
 from fused._attention_varlen import varlen_attention
 from fused._conv import conv1d, conv2d, conv3d
 from fused._lstm import lstm_cell
+from fused._rotary import rotary_embedding
 
 __all__ = [
     "attention_with_kv_cache",
@@ -18,6 +19,7 @@ __all__ = [
     "conv3d",
     "lstm_cell",
     "merge_attention",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "varlen_attention",
 ]

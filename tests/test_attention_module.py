@@ -332,5 +332,6 @@ def test_rotary_has_derivatives_and_compiles() -> None:
     with pytest.raises(ValueError) as caught:
         function(x, *short)
     assert str(caught.value) == (
-        "attention: rotary must have the shape [3, 2] for query, got [2, 2]"
+        "rotary: cos must have the length and at most half the head_dim of q ([1, 1, 3, 4]), "
+        "and its batch or none, got [2, 2]"
     )

@@ -78,6 +78,7 @@ SMALL = {
     "additive": lambda: attention_cases._attention(1, 16, mask="additive"),
     "decode": lambda: attention_cases._attention(1, 1, keys=16),
     "attention module": lambda: attention_cases._module(1, 4, 16, backward=True),
+    "rotary": lambda: attention_cases._rotary(1, 16, interleaved=True, backward=True),
     "conv": lambda: case_list._conv((1, 4, 8, 8), 4, 3, layout="NHWC", backward=True),
     "depthwise": lambda: case_list._conv((1, 4, 8), 4, 3, depthwise=True, backward=True),
     "lstm_cell": lambda: case_list._lstm_cell(2, 8, backward=True),

@@ -9,6 +9,7 @@
 #include "conv/conv_ops.h"
 #include "lstm/lstm_ops.h"
 #include "optim/optim_ops.h"
+#include "rotary/rotary_ops.h"
 
 TORCH_LIBRARY(fused, m) {
   m.def(
@@ -55,6 +56,9 @@ TORCH_LIBRARY(fused, m) {
       "SymInt[] stride, SymInt[] padding, SymInt[] dilation, SymInt groups, str? activation, "
       "bool want_input, bool want_weight, bool want_bias) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  m.def(
+      "rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> "
+      "(Tensor out_q, Tensor out_k)");
   // What the steps share: see StepOptions and adam_op.
   const std::string common =
       "Tensor? tensor_lr=None, bool maximize=False, bool capturable=False, "
@@ -94,6 +98,7 @@ void implement(torch::Library& m) {
   m.impl("lstm_layer_backward", &fused::lstm_layer_backward);
   m.impl("conv_forward", &fused::conv_forward);
   m.impl("conv_backward", &fused::conv_backward);
+  m.impl("rotary", &fused::rotary);
   m.impl("adam_", &fused::adam_op);
   m.impl("sgd_", &fused::sgd_op);
   m.impl("total_norm", &fused::total_norm);

@@ -12,6 +12,7 @@
 #include "conv/conv_ops.h"
 #include "lstm/lstm_ops.h"
 #include "optim/optim_bindings.h"
+#include "rotary/rotary_ops.h"
 #if defined(FUSED_EMULATED)
 #include "emulator/bindings.h"
 #endif
@@ -55,6 +56,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind(m, "lstm_cell_backward", &fused::lstm_cell_backward);
   bind(m, "lstm_layer_forward", &fused::lstm_layer_forward);
   bind(m, "lstm_layer_backward", &fused::lstm_layer_backward);
+  bind(m, "rotary", &fused::rotary);
 
   fused::optim_bindings::bind(m);
 

@@ -2,22 +2,14 @@
 #pragma once
 
 #include "common/launch.h"
+#include "common/vector_load.cuh"
 #include "lstm/lstm.h"
 
 namespace fused {
 
-// N neighbours in memory, moved by one instruction.
-template <typename T, int N>
-struct alignas(sizeof(T) * N) HiddenPack {
-  T element[N];
-};
-
 template <typename T, int N>
 __device__ __forceinline__ void load_hidden(const void* base, int64_t index, Accumulator<T>* out) {
-  const HiddenPack<T, N> pack =
-      *reinterpret_cast<const HiddenPack<T, N>*>(static_cast<const T*>(base) + index);
-#pragma unroll
-  for (int n = 0; n < N; ++n) out[n] = load(pack.element[n]);
+  load_widened<T, N>(static_cast<const T*>(base) + index, out);
 }
 
 // A null base reads zeros.
@@ -34,10 +26,7 @@ __device__ __forceinline__ void load_hidden_or_zero(const void* maybe_base, int6
 
 template <typename T, int N>
 __device__ __forceinline__ void store_hidden(void* base, int64_t index, const Accumulator<T>* in) {
-  HiddenPack<T, N> pack;
-#pragma unroll
-  for (int n = 0; n < N; ++n) pack.element[n] = store<T>(in[n]);
-  *reinterpret_cast<HiddenPack<T, N>*>(static_cast<T*>(base) + index) = pack;
+  store_narrowed<T, N>(static_cast<T*>(base) + index, in);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }

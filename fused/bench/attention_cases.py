@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -38,6 +38,8 @@ def attention_cases() -> Iterator[Case]:
     for dtype in (F32, BF16):
         yield _attention(1, 1, dtype=dtype, mask="full", keys=2048, quick=dtype is F32)
     yield _module(8, 256, 512, backward=True)
+    for interleaved, backward in itertools.product((False, True), (False, True)):
+        yield _rotary(8, 256, interleaved=interleaved, backward=backward)
 
 
 def _attention(
@@ -129,3 +131,46 @@ def _module(batch: int, length: int, width: int, *, backward: bool) -> Case:
     scores = batch * length**2 * width * (7 if backward else 2)
     name = f"Attention {batch}x{length}x{width}, {heads} heads {direction(backward)}"
     return Case("attention", name, F32, build, 2 * (products + scores), "GFLOP/s")
+
+
+def _rotary(batch: int, length: int, *, interleaved: bool, backward: bool) -> Case:
+    heads, head_dim = 8, 64
+
+    def build(bench: Workbench) -> Runnable:
+        # Queries and keys where one product has left them, the values beside them.
+        packed = bench.tensor(batch, length, 3, heads, head_dim).transpose(1, 3)
+        q, k = (packed[:, :, i].requires_grad_(backward) for i in range(2))
+        cos, sin = bench.tensor(2, length, head_dim // 2)
+        grads = bench.tensor(2, batch, length, heads, head_dim).transpose(2, 3).unbind()
+        stock = bench.layers == "stock"
+        turn = bench.function(_stock_rotary if stock else fused.functional.rotary_embedding)
+
+        def run() -> Sequence[torch.Tensor]:
+            with torch.set_grad_enabled(backward):
+                turned = turn(q, k, cos, sin, interleaved=interleaved)
+            if not backward:
+                return turned
+            return [*(t.detach() for t in turned), *torch.autograd.grad(turned, (q, k), grads)]
+
+        return run
+
+    # Queries and keys are read and written, and so are their gradients.
+    moved = (8 if backward else 4) * batch * length * heads * head_dim * F32.itemsize
+    pairs = "interleaved" if interleaved else "halves"
+    name = f"rotary {batch}x{heads}x{length}x{head_dim} {pairs} {direction(backward)}"
+    return Case("attention", name, F32, build, moved, "GB/s")
+
+
+def _stock_rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, interleaved: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As models write it."""
+
+    def turn(x: torch.Tensor) -> torch.Tensor:
+        if interleaved:
+            a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+    return turn(q), turn(k)

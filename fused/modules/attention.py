@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fused import _route
 from fused._attention import attend, make_options
+from fused._rotary import rotary_embedding
 
 
 class Attention(nn.MultiheadAttention):
@@ -151,7 +152,9 @@ class Attention(nn.MultiheadAttention):
             is_causal: a hint that ``attn_mask``, which must be given, is the causal mask. (The
                 constructor's asks for no mask.)
             rotary: cosines and sines, each ``[L, head_dim / 2]``, that turn q and k by their places
-                (Su et al., arXiv:2104.09864), with L = S. By PyTorch's operators.
+                (Su et al., arXiv:2104.09864), with L = S; narrower ones turn the first elements of
+                a head, and ``[N, L, ..]`` each sequence by its own. See
+                :func:`fused.functional.rotary_embedding`.
 
         Returns:
             The output in the layout of ``query``, and the weights or None.
@@ -181,7 +184,7 @@ class Attention(nn.MultiheadAttention):
         # [B, H, length, D] views of what the projections left: the kernels take any strides.
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)).movedim(length_dim, -2) for t in (q, k, v))
         if rotary is not None:
-            q, k = self._rotate("query", q, rotary), self._rotate("key", k, rotary)
+            q, k = rotary_embedding(q, k, *rotary, interleaved=self.rotary_interleaved)
         k, v, added = self._with_added_keys(k, v)
         # As in stock, the hint counts where no padding has to be merged into the mask.
         is_causal = is_causal and key_padding_mask is None and not need_weights
@@ -282,26 +285,6 @@ class Attention(nn.MultiheadAttention):
         return tuple(
             F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
-
-    def _rotate(self, name: str, heads: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """Turns pairs of elements of [B, H, length, head_dim] by the angles of their places."""
-        shape = (heads.shape[-2], self.head_dim / 2)
-        for x in rotary:
-            if x.shape != shape:
-                raise ValueError(
-                    f"attention: rotary must have the shape [{shape[0]}, {shape[1]:g}] for {name}, "
-                    f"got {list(x.shape)}"
-                )
-        # In the precision of the angles: bfloat16 has few digits for a turn.
-        cos, sin = rotary
-        if self.rotary_interleaved:
-            first, second = heads.unflatten(-1, (-1, 2)).unbind(-1)
-        else:
-            first, second = heads.chunk(2, dim=-1)
-        turned = (first * cos - second * sin, second * cos + first * sin)
-        if self.rotary_interleaved:
-            return torch.stack(turned, dim=-1).flatten(-2).to(heads.dtype)
-        return torch.cat(turned, dim=-1).to(heads.dtype)
 
     def _with_added_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Appends bias_k, bias_v and the zero key, and says how many they were."""

@@ -8,6 +8,7 @@ from fused.reference.attention import (
 from fused.reference.conv import conv1d, conv2d, conv3d
 from fused.reference.lstm import lstm, lstm_cell
 from fused.reference.optim import adam, sgd
+from fused.reference.rotary import rotary_embedding
 
 __all__ = [
     "adam",
@@ -17,6 +18,7 @@ __all__ = [
     "conv3d",
     "lstm",
     "lstm_cell",
+    "rotary_embedding",
     "scaled_dot_product_attention",
     "sgd",
     "varlen_attention",

@@ -62,6 +62,7 @@ TESTS = {
     ],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
+    "rotary": ["tests/test_rotary.py"],
     "optim": [
         "tests/test_optim.py",
         "tests/test_optim_options.py",
