@@ -47,11 +47,7 @@ COLUMNS: Mapping[str, bool] = {
     "tensor": False,  # matrix instructions
 }
 # Kernels that may have a stack, spill, or touch local memory in a loop, and why.
-_ADDRESSES = "up to seven addresses are loaded again for each tile; see attention_mma_tiles.h"
-LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {
-    "attention_mma_backward_kernel": _ADDRESSES,
-    "attention_mma_forward_kernel": _ADDRESSES,
-}
+LOCAL_MEMORY_BECAUSE: Mapping[str, str] = {}
 FROM_MACHINE_CODE = ("local_in_loops", "wide_loads", "tensor")
 
 

@@ -35,6 +35,14 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {
   return row * kDim + (chunk ^ turn) * kChunk;
 }
 
+// Where chunk `chunk ^ step` of the row lies, given where `chunk`, 0 or 1, does: one register for
+// all steps of a product, where each step's own would cost too many.
+template <int kDim>
+__device__ __forceinline__ int stepped(int offset, int step) {
+  constexpr int kTurned = kDim % 64 == 0 ? 8 : 4;
+  return (offset ^ (step % kTurned * kChunk)) + step / kTurned * kTurned * kChunk;
+}
+
 // Rows of a matrix, and the tile that they go to.
 template <typename T>
 struct Copy {
@@ -99,19 +107,19 @@ __device__ __forceinline__ void row_products(const T* own, int own_row, const T*
                                              float (&sums)[kM][kN][4]) {
   const int lane = threadIdx.x % kWarpSize;
   for_each_element<kM, kN>([&](int m, int n, int i) { sums[m][n][i] = 0; });
+  const int own_offset = chunk_offset<kDim>(own_row + lane % 16, lane / 16);
+  const int other_offset = chunk_offset<kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
   for (int k = 0; k < kDim / 16; ++k) {
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const T* from = own + (own_row + 16 * m) * kDim;
-      ptx::ldmatrix<false>(a[m], from + chunk_offset<kDim>(lane % 16, 2 * k + lane / 16));
+      ptx::ldmatrix<false>(a[m], own + 16 * m * kDim + stepped<kDim>(own_offset, 2 * k));
     }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
-      const int row = lane / 16 * 8 + lane % 8;
       uint32_t b[4];
-      ptx::ldmatrix<false>(b, other + 8 * n * kDim + chunk_offset<kDim>(row, 2 * k + lane / 8 % 2));
+      ptx::ldmatrix<false>(b, other + 8 * n * kDim + stepped<kDim>(other_offset, 2 * k));
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
@@ -139,17 +147,20 @@ __device__ __forceinline__ void to_weights(const float (&sums)[kM][kN][4],
   }
 }
 
-// result += weights times the rows of `values`, of which there are kN * 8.
+// result += weights times the rows of `values`, of which there are kN * 8. Column by column: were
+// it row by row, the compiler would begin with the first rows while it still computes the weights
+// of the last, and spill.
 template <int kDim, int kM, int kHalfN, typename T>
 __device__ __forceinline__ void accumulate(const uint32_t (&weights)[kM][kHalfN][4],
                                            const T* values, float (&result)[kM][kDim / 8][4]) {
   const int lane = threadIdx.x % kWarpSize;
+  const int offset = chunk_offset<kDim>(lane % 16, lane / 16);
 #pragma unroll
-  for (int k = 0; k < kHalfN; ++k) {
+  for (int d = 0; d < kDim / 8; d += 2) {
 #pragma unroll
-    for (int d = 0; d < kDim / 8; d += 2) {
+    for (int k = 0; k < kHalfN; ++k) {
       uint32_t b[4];
-      ptx::ldmatrix<true>(b, values + 16 * k * kDim + chunk_offset<kDim>(lane % 16, d + lane / 16));
+      ptx::ldmatrix<true>(b, values + 16 * k * kDim + stepped<kDim>(offset, d));
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
       for (int m = 0; m < kM; ++m) {

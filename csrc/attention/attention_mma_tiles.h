@@ -31,45 +31,44 @@ constexpr int kMmaStages = 2;
 //   c  32 other rows instead of 64, against spills: 16 registers less for each product and row tile
 //   d  and 16 instead of 32, so that a block stays below the 99 KB of sm_86, sm_89 and sm_120 (for
 //      the forward pass with options against spills)
-//   e  spills all the same, up to 80 bytes: from sm_90a on addresses are reloaded once for each
-//      tile. Half the rows again did not help, and would double the softmax's part
+// None of them spills.
 constexpr MmaSizes kMmaSizes[] = {
-    {MmaPass::kForward, false, 32, 2, 64},         // 24 KB, 165 / 204, 3 / 2: a
-    {MmaPass::kForward, false, 64, 2, 64},         // 48 KB, 222 / 246, 2 / 2: a
-    {MmaPass::kForward, false, 96, 2, 32},         // 48 KB, 214 / 232, 2 / 2: a c
-    {MmaPass::kForward, false, 128, 2, 32},        // 64 KB, 250 / 255, 2 / 2: a c e
-    {MmaPass::kForward, false, 192, 1, 32},        // 72 KB, 199 / 245, 2 / 2: b c
-    {MmaPass::kForward, false, 256, 1, 32},        // 96 KB, 237 / 255, 1 / 2: b c e
-    {MmaPass::kForward, true, 32, 1, 64},          // 20 KB, 186 / 208, 2 / 2: b
-    {MmaPass::kForward, true, 64, 1, 64},          // 40 KB, 190 / 252, 2 / 2: b
-    {MmaPass::kForward, true, 96, 1, 32},          // 36 KB, 186 / 236, 2 / 2: b c
-    {MmaPass::kForward, true, 128, 1, 32},         // 48 KB, 196 / 246, 2 / 2: b c
-    {MmaPass::kForward, true, 192, 1, 32},         // 72 KB, 232 / 250, 2 / 2: b c
-    {MmaPass::kForward, true, 256, 1, 16},         // 64 KB, 255 / 255, 2 / 2: b d
-    {MmaPass::kQueryGradient, false, 32, 1, 64},   // 25 KB, 162 / 174, 3 / 2: b
-    {MmaPass::kQueryGradient, false, 64, 1, 64},   // 49 KB, 197 / 210, 2 / 2: b
-    {MmaPass::kQueryGradient, false, 96, 1, 32},   // 48 KB, 171 / 185, 2 / 2: b c
-    {MmaPass::kQueryGradient, false, 128, 1, 32},  // 64 KB, 186 / 210, 2 / 2: b c
-    {MmaPass::kQueryGradient, false, 192, 1, 32},  // 96 KB, 217 / 244, 1 / 2: b c
-    {MmaPass::kQueryGradient, false, 256, 1, 16},  // 96 KB, 229 / 252, 1 / 2: b d
-    {MmaPass::kQueryGradient, true, 32, 1, 64},    // 25 KB, 166 / 200, 3 / 2: b
-    {MmaPass::kQueryGradient, true, 64, 1, 64},    // 49 KB, 201 / 234, 2 / 2: b
-    {MmaPass::kQueryGradient, true, 96, 1, 32},    // 48 KB, 182 / 210, 2 / 2: b c
-    {MmaPass::kQueryGradient, true, 128, 1, 32},   // 64 KB, 196 / 220, 2 / 2: b c
-    {MmaPass::kQueryGradient, true, 192, 1, 32},   // 96 KB, 228 / 237, 1 / 2: b c
-    {MmaPass::kQueryGradient, true, 256, 1, 16},   // 96 KB, 238 / 242, 1 / 2: b d
-    {MmaPass::kKeyGradient, false, 32, 1, 64},     // 25 KB, 188 / 212, 2 / 2: b
-    {MmaPass::kKeyGradient, false, 64, 1, 64},     // 49 KB, 227 / 242, 2 / 2: b
-    {MmaPass::kKeyGradient, false, 96, 1, 32},     // 48 KB, 211 / 241, 2 / 2: b c
-    {MmaPass::kKeyGradient, false, 128, 1, 32},    // 64 KB, 241 / 255, 2 / 2: b c e
-    {MmaPass::kKeyGradient, false, 192, 1, 32},    // 96 KB, 210 / 248, 1 / 2: b c
-    {MmaPass::kKeyGradient, false, 256, 1, 16},    // 96 KB, 223 / 255, 1 / 2: b d e
-    {MmaPass::kKeyGradient, true, 32, 1, 64},      // 25 KB, 208 / 234, 2 / 2: b
-    {MmaPass::kKeyGradient, true, 64, 1, 32},      // 32 KB, 194 / 236, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 96, 1, 32},      // 48 KB, 221 / 236, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 128, 1, 32},     // 64 KB, 250 / 255, 2 / 2: b c e
-    {MmaPass::kKeyGradient, true, 192, 1, 32},     // 96 KB, 216 / 236, 1 / 2: b c
-    {MmaPass::kKeyGradient, true, 256, 1, 16},     // 96 KB, 229 / 234, 1 / 2: b d
+    {MmaPass::kForward, false, 32, 2, 64},         // 24 KB, 176 / 210, 3 / 2: a
+    {MmaPass::kForward, false, 64, 2, 64},         // 48 KB, 229 / 250, 2 / 2: a
+    {MmaPass::kForward, false, 96, 2, 32},         // 48 KB, 210 / 226, 2 / 2: a c
+    {MmaPass::kForward, false, 128, 2, 32},        // 64 KB, 249 / 255, 2 / 2: a c
+    {MmaPass::kForward, false, 192, 1, 32},        // 72 KB, 202 / 221, 2 / 2: b c
+    {MmaPass::kForward, false, 256, 1, 32},        // 96 KB, 237 / 242, 1 / 2: b c
+    {MmaPass::kForward, true, 32, 1, 64},          // 20 KB, 188 / 212, 2 / 2: b
+    {MmaPass::kForward, true, 64, 1, 64},          // 40 KB, 198 / 244, 2 / 2: b
+    {MmaPass::kForward, true, 96, 1, 32},          // 36 KB, 190 / 218, 2 / 2: b c
+    {MmaPass::kForward, true, 128, 1, 32},         // 48 KB, 202 / 244, 2 / 2: b c
+    {MmaPass::kForward, true, 192, 1, 32},         // 72 KB, 232 / 246, 2 / 2: b c
+    {MmaPass::kForward, true, 256, 1, 16},         // 64 KB, 241 / 250, 2 / 2: b d
+    {MmaPass::kQueryGradient, false, 32, 1, 64},   // 25 KB, 162 / 177, 3 / 2: b
+    {MmaPass::kQueryGradient, false, 64, 1, 64},   // 49 KB, 202 / 215, 2 / 2: b
+    {MmaPass::kQueryGradient, false, 96, 1, 32},   // 48 KB, 176 / 180, 2 / 2: b c
+    {MmaPass::kQueryGradient, false, 128, 1, 32},  // 64 KB, 194 / 202, 2 / 2: b c
+    {MmaPass::kQueryGradient, false, 192, 1, 32},  // 96 KB, 224 / 232, 1 / 2: b c
+    {MmaPass::kQueryGradient, false, 256, 1, 16},  // 96 KB, 233 / 241, 1 / 2: b d
+    {MmaPass::kQueryGradient, true, 32, 1, 64},    // 25 KB, 178 / 204, 3 / 2: b
+    {MmaPass::kQueryGradient, true, 64, 1, 64},    // 49 KB, 208 / 240, 2 / 2: b
+    {MmaPass::kQueryGradient, true, 96, 1, 32},    // 48 KB, 182 / 202, 2 / 2: b c
+    {MmaPass::kQueryGradient, true, 128, 1, 32},   // 64 KB, 202 / 226, 2 / 2: b c
+    {MmaPass::kQueryGradient, true, 192, 1, 32},   // 96 KB, 232 / 238, 1 / 2: b c
+    {MmaPass::kQueryGradient, true, 256, 1, 16},   // 96 KB, 239 / 239, 1 / 2: b d
+    {MmaPass::kKeyGradient, false, 32, 1, 64},     // 25 KB, 202 / 231, 2 / 2: b
+    {MmaPass::kKeyGradient, false, 64, 1, 64},     // 49 KB, 246 / 255, 2 / 2: b
+    {MmaPass::kKeyGradient, false, 96, 1, 32},     // 48 KB, 212 / 242, 2 / 2: b c
+    {MmaPass::kKeyGradient, false, 128, 1, 32},    // 64 KB, 247 / 255, 2 / 2: b c
+    {MmaPass::kKeyGradient, false, 192, 1, 32},    // 96 KB, 228 / 244, 1 / 2: b c
+    {MmaPass::kKeyGradient, false, 256, 1, 16},    // 96 KB, 235 / 248, 1 / 2: b d
+    {MmaPass::kKeyGradient, true, 32, 1, 64},      // 25 KB, 224 / 230, 2 / 2: b
+    {MmaPass::kKeyGradient, true, 64, 1, 32},      // 32 KB, 203 / 230, 2 / 2: b c
+    {MmaPass::kKeyGradient, true, 96, 1, 32},      // 48 KB, 229 / 232, 2 / 2: b c
+    {MmaPass::kKeyGradient, true, 128, 1, 32},     // 64 KB, 254 / 247, 2 / 2: b c
+    {MmaPass::kKeyGradient, true, 192, 1, 32},     // 96 KB, 238 / 238, 1 / 2: b c
+    {MmaPass::kKeyGradient, true, 256, 1, 16},     // 96 KB, 241 / 241, 1 / 2: b d
 };
 
 constexpr MmaSizes find_mma_sizes(MmaPass pass, bool options, int head_dim) {

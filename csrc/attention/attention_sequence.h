@@ -106,16 +106,17 @@ FUSED_HOST_DEVICE int64_t row_of_all(const AttentionProblem& p, const Sequence& 
          sequence.first_q + row;
 }
 
-// The first element of a sequence's rows in one head of an operand.
+// The first element of a sequence's rows in one head of an operand. Without a sign the head costs
+// no register for its upper half.
 template <typename T>
 FUSED_HOST_DEVICE T* query_rows(T* data, const HeadStrides& strides, const Sequence& sequence,
-                                int64_t head) {
+                                uint32_t head) {
   return data + sequence.batch * strides.batch + head * strides.head +
          sequence.first_q * strides.row;
 }
 template <typename T>
 FUSED_HOST_DEVICE T* key_rows(T* data, const HeadStrides& strides, const Sequence& sequence,
-                              int64_t head) {
+                              uint32_t head) {
   return data + sequence.batch * strides.batch + head * strides.head +
          sequence.first_k * strides.row;
 }
