@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import fused
-from fused import reference
 from fused.functional import attention_with_kv_cache, scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock
+from fused.testing.attention import run_cache_case
 from fused.testing.cases.attention_cache import CASES, CacheCase
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -32,28 +32,12 @@ def results(function: Callable, tensors: list[Tensor], options: dict) -> tuple[T
 def test_results_and_what_is_written(
     case: CacheCase, dtype: torch.dtype, backend: torch.device
 ) -> None:
-    tensors, options = case.make(dtype, backend)
-    before = [x.clone() for x in tensors]
     if not case.lengths:
+        tensors, options = case.make(dtype, backend)
         assert attention_with_kv_cache(*tensors, **options).shape == (0, 2, 1, 8)
         return
-    low = torch.float32 if dtype == torch.float64 else dtype
-    expected = results(reference.attention_with_kv_cache, before, options)
-    stock = results(reference.attention_with_kv_cache, before, options | {"dtype": low})
-    actual = results(attention_with_kv_cache, tensors, options)
-    for name, ours, truth, theirs in zip(("out", "lse"), actual, expected, stock):
-        ours = ours if dtype == torch.float64 else ours.to(theirs.dtype)
-        assert_as_accurate_as_stock(ours, truth, theirs, name)
-    assert torch.equal(tensors[0], before[0])
-    for cache, old, new in zip(tensors[1:], before[1:], (options.get("k"), options.get("v"))):
-        for b, length in enumerate(case.lengths):
-            for j in range(0 if new is None else new.shape[2]):
-                page, row = b, length + j
-                if case.page_size is not None:
-                    page = int(options["block_table"][b, row // case.page_size])
-                    row %= case.page_size
-                old[page, :, row] = new[b, :, j]
-        assert torch.equal(cache.nan_to_num(nan=7e3), old.nan_to_num(nan=7e3))
+    for name, compared in run_cache_case(case, dtype, backend).items():
+        assert_as_accurate_as_stock(*compared, name)
 
 
 @pytest.mark.parametrize("name", ["several tokens", "everything", "everything in pages"])

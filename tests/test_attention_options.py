@@ -1,14 +1,11 @@
-"""The options of attention in random combinations, and where each one ends."""
+"""The options of attention: where each one ends, all at once, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 import fused
@@ -17,92 +14,11 @@ from fused._attention import make_options
 from fused._attention_composite import Options, dropout_mask
 from fused._attention_function import AttentionFunction
 from fused.functional import merge_attention, scaled_dot_product_attention
-from fused.testing import emulated_cuda
-from fused.testing.attention import Judgement, draw_grads, run_fused
-from fused.testing.cases.attention import CASES, AttentionCase
+from fused.testing.attention import draw_grads, run_fused
+from fused.testing.cases.attention import CASES
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# FUSED_EXAMPLES=2000 for the long run, whose examples differ from run to run.
-EXAMPLES = int(os.environ.get("FUSED_EXAMPLES", "0"))
-MASKS = [
-    None, None, "bool [S, T]", "bool [B, 1, 1, T]", "blind [B, H, S, T]", "additive [S, T]",
-    "additive [B, H, S, T]", "additive [H, 1, T]", "additive [B, 1, S, T]", "-inf [S, T]",
-    "float32 [1, H, S, T]",
-]  # fmt: skip
 EVERYTHING = next(case for case in CASES if case.name == "everything")
-
-
-@st.composite
-def random_cases(
-    draw: st.DrawFn, longest: int, widest: int = 24, packed: bool = False
-) -> AttentionCase:
-    heads_kv = draw(st.integers(1, 2))
-    rows, keys = draw(st.integers(1, longest)), draw(st.integers(1, longest))
-    length = st.integers(0, longest)
-    lengths = draw(st.lists(st.tuples(length, length), max_size=3)) if packed else []
-    bound = st.one_of(st.just(-1), st.integers(0, longest))
-    width = st.one_of(st.just(8), st.integers(1, widest))  # tensor cores take multiples of 8
-    return AttentionCase(
-        "random",
-        batch=draw(st.integers(1, 2)),
-        heads=heads_kv * draw(st.integers(1, 2)),
-        heads_kv=heads_kv,
-        rows=rows,
-        keys=keys,
-        head_dim=draw(width),
-        head_dim_v=draw(width),
-        mask=draw(st.sampled_from(MASKS)),
-        is_causal=draw(st.booleans()),
-        causal_alignment=draw(st.sampled_from(["top_left", "bottom_right"])),
-        window=draw(st.one_of(st.none(), st.tuples(bound, bound))),
-        softcap=draw(st.one_of(st.none(), st.floats(0.5, 20.0))),
-        alibi=draw(st.booleans()),
-        sink=draw(st.booleans()),
-        return_lse=draw(st.booleans()),
-        layout=draw(st.sampled_from(["contiguous", "heads last", "odd strides"])),
-        lengths=((rows, keys), *lengths) if packed else (),
-        rest=draw(st.integers(0, 3)) if packed else 0,
-    )
-
-
-def examples(number: int) -> settings:
-    return settings(
-        max_examples=EXAMPLES or number,
-        derandomize=EXAMPLES == 0,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-
-
-def test_random_combinations() -> None:
-    judge(150, random_cases(longest=140))
-
-
-def test_random_combinations_emulated() -> None:
-    with emulated_cuda():
-        judge(150, random_cases(longest=36, widest=8))
-
-
-def test_random_combinations_packed() -> None:
-    judge(100, random_cases(longest=90, packed=True))
-
-
-def test_random_combinations_packed_emulated() -> None:
-    with emulated_cuda():
-        judge(50, random_cases(longest=36, widest=8, packed=True))
-
-
-def judge(number: int, cases: st.SearchStrategy[AttentionCase]) -> None:
-    judgement = Judgement()
-
-    @examples(number)
-    @given(case=cases, dtype=st.sampled_from(DTYPES))
-    def run(case: AttentionCase, dtype: torch.dtype) -> None:
-        judgement.add(case, dtype, torch.device("cpu"))
-
-    run()
-    judgement.assert_as_accurate_as_stock()
 
 
 def visible(rows: int, keys: int, options: dict) -> Tensor:

@@ -10,9 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import reference
-from fused.functional import scaled_dot_product_attention, varlen_attention
+from fused.functional import (
+    attention_with_kv_cache,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fused.testing.cases.attention import AttentionCase
+from fused.testing.cases.attention_cache import CacheCase
 from fused.testing.compare import assert_as_accurate_as_stock
+
+# By name: the kernels', the definition's and stock's.
+Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 
 _STOCK_OPTIONS = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 
@@ -92,10 +100,8 @@ def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 
-def run_case(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Every result and gradient of a case, by name: the kernels', the definition's and stock's."""
+def run_case(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> Results:
+    """Every result and gradient of a case."""
     tensors, options = case.make(dtype, device)
     grads_out = draw_grads(tensors)
     expected = run_reference(tensors, options, grads_out)
@@ -105,6 +111,34 @@ def run_case(
     if dtype != torch.float64:  # the definition in float16 has no float32
         actual = {name: result.to(stock[name].dtype) for name, result in actual.items()}
     return {name: (actual[name], expected[name], stock[name]) for name in actual}
+
+
+def run_cache_case(case: CacheCase, dtype: torch.dtype, device: torch.device) -> Results:
+    """The results of a case over a cache, after a look at what is in the cache then."""
+    (q, *caches), options = case.make(dtype, device)
+    before = [q.clone(), *(cache.clone() for cache in caches)]
+    stock_dtype = torch.float32 if dtype == torch.float64 else dtype
+    expected = reference.attention_with_kv_cache(*before, **options)
+    stock = reference.attention_with_kv_cache(*before, **options, dtype=stock_dtype)
+    actual = attention_with_kv_cache(q, *caches, **options)
+    assert torch.equal(q, before[0])
+    news: list[Any] = [options.get("k"), options.get("v")]
+    for cache, written, new in zip(caches, before[1:], news, strict=True):
+        for b, length in enumerate(case.lengths):
+            for j in range(0 if new is None else new.shape[2]):
+                page, row = b, length + j
+                if case.page_size is not None:
+                    page = int(options["block_table"][b, row // case.page_size])
+                    row %= case.page_size
+                written[page, :, row] = new[b, :, j]
+        assert torch.equal(cache.nan_to_num(nan=7e3), written.nan_to_num(nan=7e3))
+    results = {}
+    outputs = (x if isinstance(x, tuple) else (x,) for x in (actual, expected, stock))
+    for name, ours, truth, theirs in zip(("out", "lse"), *outputs):
+        # The definition in float16 has no float32.
+        ours = ours if dtype == torch.float64 else ours.to(theirs.dtype)
+        results[name] = (ours, truth, theirs)
+    return results
 
 
 def assert_case(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
@@ -122,8 +156,7 @@ class Judgement:
     def __init__(self) -> None:
         self._kept: dict[torch.dtype, list[list[Tensor]]] = {}
 
-    def add(self, case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
-        results = run_case(case, dtype, device)
+    def add(self, results: Results) -> None:
         truths = [truth[truth.isfinite()].abs() for _, truth, _ in results.values()]
         scale = max((x.max().item() for x in truths if x.numel() > 0), default=1.0) or 1.0
         for same_result in results.values():

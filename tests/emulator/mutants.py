@@ -49,16 +49,19 @@ TESTS = {
     "csrc/attention/attention_mma*": [
         "tests/test_attention_tensor_cores.py",
         "tests/test_attention_options.py",
+        "tests/test_attention_random.py",
     ],
     "csrc/attention/attention_split.cu": [
         "tests/test_attention_few_queries.py",
         "tests/test_attention_cache.py",
+        "tests/test_attention_random.py",
     ],
     "attention": [
         "tests/test_attention.py",
         "tests/test_attention_options.py",
         "tests/test_attention_varlen.py",
         "tests/test_attention_cache.py",
+        "tests/test_attention_random.py",
     ],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
