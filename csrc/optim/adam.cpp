@@ -52,8 +52,7 @@ std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const AdamOptions& optio
   return prepare_step<AdamStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const AdamOptions& options,
-                                   bool check_only) {
+std::unique_ptr<ReadyStep> prepare(KeptStep& kept, const AdamOptions& options, bool check_only) {
   return prepare_kept<AdamStep>(kept, options, check_only);
 }
 

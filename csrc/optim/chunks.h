@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 namespace fused {
 
 // Elements of a chunk: a multiple of every dtype's packs of 16 bytes times the threads of a block,
@@ -12,6 +14,8 @@ namespace fused {
 // Not yet measured on a GPU.
 constexpr int64_t kOptimChunk = 8192;
 
-inline int64_t num_chunks(int64_t numel) { return (numel + kOptimChunk - 1) / kOptimChunk; }
+FUSED_HOST_DEVICE int64_t num_chunks(int64_t numel) {
+  return (numel + kOptimChunk - 1) / kOptimChunk;
+}
 
 }  // namespace fused

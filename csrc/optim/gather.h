@@ -245,4 +245,17 @@ inline bool is_as_kept(KeptStep& kept, const py::list& params, const py::dict& s
   return kept.end_walk();
 }
 
+// The same of the gradients alone, which are added to `batches`, and to `maybe_hold`.
+inline bool add_kept_gradients(const KeptStep& kept, const py::list& params, NormBatches& batches,
+                               TensorVector* maybe_hold) {
+  KeptStep::GradientWalk walk(kept, batches);
+  for (const py::handle& object : params) {
+    const at::Tensor& grad = THPVariable_Unpack(object.ptr()).grad();
+    if (!grad.defined()) continue;
+    if (!walk.next_is(grad)) return false;
+    if (maybe_hold != nullptr) maybe_hold->push_back(grad);
+  }
+  return walk.end();
+}
+
 }  // namespace fused::optim_bindings

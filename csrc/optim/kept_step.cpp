@@ -32,6 +32,7 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
     numel_ += t.numel;
     host_counts_ |= t.maybe_step != nullptr && !t.step_on_device;
     see(tensors.params[i], &t.param, /*is_written=*/true, /*must_be_apart=*/true);
+    gradients_.push_back(static_cast<uint32_t>(seen_.size()));
     see(tensors.grads[i], &t.grad, options.writes_grads(), /*must_be_apart=*/zero_grad_);
     see_in(tensors.steps, i, &t.maybe_step);
     for (const auto k : c10::irange(kMaxStates)) {
@@ -81,6 +82,7 @@ bool KeptStep::next_is(const at::Tensor& tensor) {
     seen.data = data;
     memcpy(seen.slot, &data, sizeof(data));
     may_share_memory_ |= seen.must_be_apart;
+    has_moved_ = true;
   }
   ++position_;
   return true;
@@ -90,7 +92,17 @@ bool KeptStep::end_walk() {
   if (seen_.empty() || position_ != seen_.size()) return false;
   if (may_share_memory_ && shares_memory()) return false;
   may_share_memory_ = false;
+  if (has_moved_) {
+    for (LaunchBatch& batch : batches_) batch.table.forget();
+  }
   return true;
+}
+
+void KeptStep::bring_tables() {
+  if (!has_moved_) {
+    for (LaunchBatch& batch : batches_) batch.make_table();
+  }
+  has_moved_ = false;
 }
 
 // All of them are dense, or they would have been copied.
@@ -126,6 +138,32 @@ std::vector<at::Tensor> KeptStep::hold() const {
     tensors.emplace_back(c10::intrusive_ptr<c10::TensorImpl>::reclaim_copy(seen.impl));
   }
   return tensors;
+}
+
+bool KeptStep::GradientWalk::next_is(const at::Tensor& grad) {
+  if (position_ == kept_.gradients_.size()) return false;
+  const Seen& seen = kept_.seen_[kept_.gradients_[position_++]];
+  c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
+  if (!kept_.is_alike(seen, impl)) return false;
+  void* data = const_cast<void*>(impl.data());
+  moved_ |= data != seen.data;
+  const TensorKind kind(seen.dtype.toScalarType(), seen.device);
+  batch_of(batches_, kind).tensors.push_back({data, impl.numel()});
+  return true;
+}
+
+bool KeptStep::GradientWalk::end() {
+  if (position_ != kept_.gradients_.size()) return false;
+  if (moved_ || kept_.has_moved_) return true;
+  // A kind of more than one table has its gradients in another order than they were found in.
+  std::vector<TensorKind> kinds;
+  for (const LaunchBatch& batch : kept_.batches_) {
+    const DeviceTable table = batch.table.find();
+    if (table.words == nullptr || std::count(kinds.begin(), kinds.end(), batch.kind) > 0) continue;
+    kinds.push_back(batch.kind);
+    batch_of(batches_, batch.kind).tables.push_back(table);
+  }
+  return true;
 }
 
 }  // namespace fused

@@ -12,6 +12,7 @@
 
 #include <vector>
 
+#include "optim/norm_batch.h"
 #include "optim/optim_glue.h"
 #include "optim/optim_ops.h"
 
@@ -33,9 +34,14 @@ class FUSED_API KeptStep {
 
   // Of a step that a walk has found to be as it was.
   const std::vector<LaunchBatch>& batches() const { return batches_; }
+  // Makes tables in device memory, where nothing has moved since the last step: what has moved may
+  // move at every step, and then a table would be read only once.
+  void bring_tables();
   // Whether the host must ask whether this step is skipped, see host_sees_skip.
   bool may_be_skipped(const StepOptions& options) const;
   void bump_versions() const;
+  // A walk over the gradients alone, which collects them for a norm.
+  class GradientWalk;
   // Elements of all parameters.
   int64_t numel() const { return numel_; }
   // References for as long as other threads may run.
@@ -61,11 +67,28 @@ class FUSED_API KeptStep {
 
   std::vector<LaunchBatch> batches_;
   std::vector<Seen> seen_;
-  std::vector<int64_t> shapes_;  // for each tensor its number of dimensions, sizes and strides
+  std::vector<uint32_t> gradients_;  // which of those are gradients
+  std::vector<int64_t> shapes_;      // for each tensor its number of dimensions, sizes and strides
   size_t position_ = 0;
   int64_t numel_ = 0;
   bool host_counts_ = false, zero_grad_ = false;
   bool may_share_memory_ = false;  // something moved since it was last found not to
+  bool has_moved_ = false;         // something moved since the last step
+};
+
+class FUSED_API KeptStep::GradientWalk {
+ public:
+  GradientWalk(const KeptStep& kept, NormBatches& batches) : kept_(kept), batches_(batches) {}
+  // Whether the next gradient is, but for where it lies, what it was. Adds it.
+  bool next_is(const at::Tensor& grad);
+  // Whether that were all.
+  bool end();
+
+ private:
+  const KeptStep& kept_;
+  NormBatches& batches_;
+  size_t position_ = 0;
+  bool moved_ = false;
 };
 
 }  // namespace fused

@@ -9,6 +9,7 @@
 #include <c10/util/irange.h>
 
 #include "optim/flat_tensors.h"
+#include "optim/norm_batch.h"
 #include "optim/optim_glue.h"
 #include "optim/optim_ops.h"
 
@@ -27,16 +28,14 @@ void check_norm_scalar(const char* op, const char* argument, const at::Tensor& t
                     tensor.sizes());
 }
 
-using Batches = std::vector<Batch<NormTensor>>;
-
-int64_t count_chunks(const Batch<NormTensor>& batch) {
+int64_t count_chunks(const NormBatch& batch) {
   int64_t count = 0;
   for (const NormTensor& tensor : batch.tensors) count += num_chunks(tensor.numel);
   return count;
 }
 
 // The norm of those batches that are on `device`, there.
-at::Tensor norm_on(at::Device device, const Batches& batches,
+at::Tensor norm_on(at::Device device, const NormBatches& batches,
                    const std::optional<at::Tensor>& grad_scale) {
   constexpr const char* kOp = "total_norm";
   const c10::DeviceGuard guard(device);
@@ -51,11 +50,22 @@ at::Tensor norm_on(at::Device device, const Batches& batches,
   for (const auto& batch : batches) {
     if (batch.kind.device() != device) continue;
     NormPartialsParams p{};
-    p.tensors = batch.tensors.data();
-    p.num_tensors = static_cast<int64_t>(batch.tensors.size());
-    p.partials = partials.data_ptr<double>() + offset;
     p.dtype = dtype_of(kOp, "tensors", batch.kind.scalar_type());
-    check_status(kOp, FUSED_DISPATCH(batch.kind, norm_partials, p));
+    p.partials = partials.data_ptr<double>() + offset;
+    const auto start = [&](int64_t num_chunks) {
+      check_status(kOp, FUSED_DISPATCH(batch.kind, norm_partials, p));
+      p.partials += num_chunks;
+    };
+    if (batch.is_in_tables()) {
+      for (const DeviceTable& table : batch.tables) {
+        p.device_table = table;
+        start(table.num_chunks);
+      }
+    } else {
+      p.tensors = batch.tensors.data();
+      p.num_tensors = static_cast<int64_t>(batch.tensors.size());
+      start(0);
+    }
     offset += count_chunks(batch);
   }
   at::Tensor scale;
@@ -73,9 +83,9 @@ constexpr const char* kClip = "clip_by_norm_";
 
 void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
   FlatTensors flat(tensors.size());
-  Batches batches;
+  NormBatches batches;
   for (const at::Tensor& tensor : tensors) {
-    batch_of(batches, tensor).tensors.push_back({flat.param(tensor), tensor.numel()});
+    batch_of(batches, TensorKind(tensor)).tensors.push_back({flat.param(tensor), tensor.numel()});
   }
   flat.fill();
   flat.bump_versions();
@@ -96,16 +106,34 @@ void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
 
 }  // namespace
 
+bool NormBatch::is_in_tables() const {
+  size_t count = 0;
+  for (const DeviceTable& table : tables) count += table.num_tensors;
+  return !tables.empty() && count == tensors.size();
+}
+
+NormBatch& batch_of(NormBatches& batches, const TensorKind& kind) {
+  for (NormBatch& batch : batches) {
+    if (batch.kind == kind) return batch;
+  }
+  return batches.emplace_back(NormBatch{kind, {}, {}});
+}
+
 at::Tensor total_norm(at::TensorList tensors, const std::optional<at::Tensor>& grad_scale) {
   constexpr const char* kOp = "total_norm";
-  if (grad_scale) check_norm_scalar(kOp, "grad_scale", *grad_scale);
   for (const at::Tensor& tensor : tensors) check_dense(kOp, tensor);
   if (tensors.empty()) return at::zeros({}, at::kDouble);
   FlatTensors flat(tensors.size());
-  Batches batches;
+  NormBatches batches;
   for (const at::Tensor& tensor : tensors) {
-    batch_of(batches, tensor).tensors.push_back({flat.read_only(tensor), tensor.numel()});
+    batch_of(batches, TensorKind(tensor))
+        .tensors.push_back({flat.read_only(tensor), tensor.numel()});
   }
+  return total_norm(batches, grad_scale);
+}
+
+at::Tensor total_norm(const NormBatches& batches, const std::optional<at::Tensor>& grad_scale) {
+  if (grad_scale) check_norm_scalar("total_norm", "grad_scale", *grad_scale);
   std::vector<at::Device> devices;
   for (const auto& batch : batches) {
     const at::Device device = batch.kind.device();

@@ -5,7 +5,7 @@
 // in a fixed order. A last block of one adds up the chunks. Nothing is sent to the host.
 #include "common/warp.cuh"
 #include "optim/norm.h"
-#include "optim/tensor_table.cuh"
+#include "optim/optim_table.cuh"
 
 namespace fused {
 namespace {
@@ -108,13 +108,17 @@ Status norm_partials_cuda(const NormPartialsParams& p, Stream stream) {
   return visit_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     double* partials = p.partials;
-    return for_each_norm_table(p.tensors, p.num_tensors, [&](const NormTable& table) {
+    const auto start = [&](const NormTable& table) {
       const Status status =
-          launch(norm_partials_kernel<T>, dim3(table.total_chunks()), dim3(kOptimThreads),
+          launch(norm_partials_kernel<T>, dim3(table.total_chunks), dim3(kOptimThreads),
                  kOptimThreads / kWarpSize * sizeof(double), stream, table, partials);
-      partials += table.total_chunks();
+      partials += table.total_chunks;
       return status;
-    });
+    };
+    if (p.device_table.words != nullptr) {
+      return start(NormTable(p.device_table, {place_in_device_table(kGrad)}));
+    }
+    return for_each_norm_table(p.tensors, p.num_tensors, start);
   });
 }
 
@@ -127,8 +131,8 @@ Status clip_cuda(const ClipParams& p, Stream stream) {
   return visit_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
     return for_each_norm_table(p.tensors, p.num_tensors, [&](const NormTable& table) {
-      return launch(clip_kernel<T>, dim3(table.total_chunks()), dim3(kOptimThreads), 0, stream,
-                    table, p.norm, p.max_norm);
+      return launch(clip_kernel<T>, dim3(table.total_chunks), dim3(kOptimThreads), 0, stream, table,
+                    p.norm, p.max_norm);
     });
   });
 }

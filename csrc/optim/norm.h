@@ -12,6 +12,7 @@
 #include "common/dtype.h"
 #include "common/status.h"
 #include "optim/chunks.h"
+#include "optim/device_table.h"
 
 namespace fused {
 
@@ -24,7 +25,8 @@ struct NormTensor {
 struct NormPartialsParams {
   const NormTensor* tensors;  // [num_tensors], in host memory
   int64_t num_tensors;
-  double* partials;  // [chunks of all tensors]
+  DeviceTable device_table;  // of a step whose gradients these are, where there is one
+  double* partials;          // [chunks of all tensors]
   DType dtype;
 };
 

@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "common/status.h"
+#include "optim/device_table.h"
 
 namespace fused {
 
@@ -50,6 +51,7 @@ struct OptimTensor {
 struct OptimCommon {
   const OptimTensor* tensors;  // [num_tensors], in host memory
   int64_t num_tensors;
+  DeviceTable device_table;       // of `tensors`, where they are many and there is one
   const float* maybe_grad_scale;  // gradients are divided by it and stored so (GradScaler)
   const float* maybe_found_inf;   // where it is not 0, the step is skipped (GradScaler)
   const double* maybe_norm;       // of all gradients, after the division

@@ -72,7 +72,7 @@ class KeptGroups {
       owner_->groups_[params_] = std::move(group_);
     }
     Loan(Loan&&) = default;
-    KeptGroup* operator->() { return group_.get(); }
+    KeptGroup* operator->() const { return group_.get(); }
 
    private:
     std::shared_ptr<KeptGroups> owner_;
@@ -193,8 +193,7 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
         return is_as_kept(kept.step, params, state, names, common);
       };
     }
-    step.set(prepare(std::as_const(kept.step), rule_options, check_only), is_brief,
-             std::move(walk));
+    step.set(prepare(kept.step, rule_options, check_only), is_brief, std::move(walk));
     if (!check_only && maybe_plan == nullptr) step.hold();
   } else {
     kept_groups->count_gathering();
@@ -301,6 +300,33 @@ inline at::Tensor gradient_norm(const py::list& groups,
   return bound_total_norm(grads, grad_scale);
 }
 
+// The same by what the groups' last steps have kept; None where they have not kept it all, or it
+// has changed.
+inline std::optional<at::Tensor> kept_gradient_norm(const std::shared_ptr<KeptGroups>& kept_groups,
+                                                    const py::list& groups,
+                                                    const std::optional<at::Tensor>& grad_scale) {
+  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return std::nullopt;
+  std::vector<KeptGroups::Loan> loans;
+  int64_t numel = 0;
+  for (const py::handle& params : groups) {
+    numel += loans.emplace_back(kept_groups, params.ptr())->step.numel();
+  }
+  const bool is_brief = numel < kBriefStep;
+  NormBatches batches;
+  Tensors held;
+  for (size_t i = 0; i < loans.size(); ++i) {
+    const auto params = py::reinterpret_borrow<py::list>(groups[i]);
+    if (!add_kept_gradients(loans[i]->step, params, batches, is_brief ? nullptr : &held)) {
+      return std::nullopt;
+    }
+  }
+  if (batches.empty()) return std::nullopt;
+  std::optional<py::gil_scoped_release> no_gil;
+  if (!is_brief) no_gil.emplace();
+  RECORD_FUNCTION("fused::total_norm", c10::ArrayRef<const c10::IValue>{});
+  return total_norm(batches, grad_scale);
+}
+
 inline void bound_clip_by_norm(const Tensors& tensors, const at::Tensor& norm, double max_norm) {
   const py::gil_scoped_release no_gil;
   RECORD_FUNCTION("fused::clip_by_norm_", c10::ArrayRef<const c10::IValue>{});
@@ -318,6 +344,8 @@ inline void bind(py::module_& module) {
       .def("make", &StepPlan::make);
   module.def("total_norm", &bound_total_norm, arg("tensors"), arg("grad_scale") = py::none());
   module.def("gradient_norm", &gradient_norm, arg("groups"), arg("grad_scale"));
+  module.def("kept_gradient_norm", &kept_gradient_norm, arg("kept"), arg("groups"),
+             arg("grad_scale"));
   module.def("clip_by_norm_", &bound_clip_by_norm, arg("tensors"), arg("norm"), arg("max_norm"));
   module.def("adam_group", &adam_group, arg("kept"), arg("params"), arg("state"), arg("lr"),
              arg("beta1"), arg("beta2"), arg("weight_decay"), arg("eps"), arg("amsgrad"),

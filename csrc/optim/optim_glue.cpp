@@ -149,6 +149,14 @@ OptimCommon LaunchBatch::common(const char* op, const StepOptions& options,
   return c;
 }
 
+void LaunchBatch::make_table() {
+  const c10::DeviceGuard guard(kind.device());
+  OptimCommon c{};
+  c.tensors = tensors.data();
+  c.num_tensors = static_cast<int64_t>(tensors.size());
+  table.make(kind, c);
+}
+
 void clear_gradients(const TensorVector& grads) {
   for (const at::Tensor& grad : grads) grad.detach().zero_();
 }

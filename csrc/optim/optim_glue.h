@@ -10,44 +10,12 @@
 
 #include "common/dispatch.h"
 #include "optim/flat_tensors.h"
+#include "optim/kept_table.h"
 #include "optim/optim.h"
 #include "optim/optim_ops.h"
+#include "optim/tensor_kind.h"
 
 namespace fused {
-
-// A dtype on a device: what a launch is for, and what FUSED_DISPATCH asks of a tensor.
-class TensorKind {
- public:
-  explicit TensorKind(const at::Tensor& tensor)
-      : dtype_(tensor.scalar_type()), device_(tensor.device()) {}
-
-  at::ScalarType scalar_type() const { return dtype_; }
-  at::Device device() const { return device_; }
-  bool is_cuda() const { return device_.is_cuda(); }
-  bool operator==(const TensorKind& other) const {
-    return dtype_ == other.dtype_ && device_ == other.device_;
-  }
-
- private:
-  at::ScalarType dtype_;
-  at::Device device_;
-};
-
-// Tensors of one kind.
-template <typename Tensor>
-struct Batch {
-  TensorKind kind;
-  std::vector<Tensor> tensors;
-};
-
-template <typename Tensor>
-Batch<Tensor>& batch_of(std::vector<Batch<Tensor>>& batches, const at::Tensor& param) {
-  const TensorKind kind(param);
-  for (Batch<Tensor>& batch : batches) {
-    if (batch.kind == kind) return batch;
-  }
-  return batches.emplace_back(Batch<Tensor>{kind, {}});
-}
 
 // The scalar tensors of a step as the kernels for one device read them.
 class ScalarReader {
@@ -111,8 +79,10 @@ struct LaunchBatch {
   StateType state_type;
   MasterType master;
   bool has_ema;
+  KeptTable table{};
 
   OptimCommon common(const char* op, const StepOptions& options, ScalarReader& read) const;
+  void make_table();
 };
 
 // Flattens the tensors of a step into batches; `flat` owns what had to be copied.

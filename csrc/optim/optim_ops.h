@@ -81,9 +81,9 @@ FUSED_API std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const SgdOptio
                                              bool check_only, KeptStep* maybe_keep);
 
 // The same for a kept step whose tensors are as they were, and stay so until it is made.
-FUSED_API std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const AdamOptions& options,
+FUSED_API std::unique_ptr<ReadyStep> prepare(KeptStep& kept, const AdamOptions& options,
                                              bool check_only);
-FUSED_API std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const SgdOptions& options,
+FUSED_API std::unique_ptr<ReadyStep> prepare(KeptStep& kept, const SgdOptions& options,
                                              bool check_only);
 
 // Throws unless the kernels of `op` can update each parameter by its gradient.

@@ -29,6 +29,7 @@ class Launches {
     for (const LaunchBatch& batch : batches) {
       const c10::DeviceGuard guard(batch.kind.device());
       Launch& launch = launches_.emplace_back(batch.kind, options.common.capturable);
+      launch.batch = &batch;
       launch.params.common = batch.common(Rule::kOp, options.common, launch.read);
       Rule::fill(options, launch.read, launch.params);
     }
@@ -37,13 +38,18 @@ class Launches {
   void start() const {
     for (const Launch& launch : launches_) {
       const c10::DeviceGuard guard(launch.kind.device());
-      check_status(Rule::kOp, Rule::start(launch.kind, launch.params));
+      // Looked for at the last moment: since the step was made ready, a walk may have seen a tensor
+      // move.
+      typename Rule::Params params = launch.params;
+      params.common.device_table = launch.batch->table.find();
+      check_status(Rule::kOp, Rule::start(launch.kind, params));
     }
   }
 
  private:
   struct Launch {
     TensorKind kind;
+    const LaunchBatch* batch = nullptr;
     ScalarReader read;  // owns what the parameters point to
     typename Rule::Params params{};
 
@@ -143,11 +149,12 @@ std::unique_ptr<ReadyStep> prepare_step(StepTensors tensors, const typename Rule
 
 // The same for a kept step that a walk has found to be as it was.
 template <typename Rule>
-std::unique_ptr<ReadyStep> prepare_kept(const KeptStep& kept, const typename Rule::Options& options,
+std::unique_ptr<ReadyStep> prepare_kept(KeptStep& kept, const typename Rule::Options& options,
                                         bool check_only) {
   Rule::check_numbers(options);
   check_step_options(Rule::kOp, options.common);
   if (check_only) return nullptr;
+  kept.bring_tables();
   return std::make_unique<ReadyKeptStep<Rule>>(kept, options);
 }
 

@@ -43,8 +43,7 @@ std::unique_ptr<ReadyStep> prepare(StepTensors tensors, const SgdOptions& option
   return prepare_step<SgdStep>(std::move(tensors), options, check_only, maybe_keep);
 }
 
-std::unique_ptr<ReadyStep> prepare(const KeptStep& kept, const SgdOptions& options,
-                                   bool check_only) {
+std::unique_ptr<ReadyStep> prepare(KeptStep& kept, const SgdOptions& options, bool check_only) {
   return prepare_kept<SgdStep>(kept, options, check_only);
 }
 

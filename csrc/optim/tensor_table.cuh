@@ -1,14 +1,16 @@
-// Many tensors in one launch: a table of them travels in the kernel's arguments, and each block
-// finds its chunk of one tensor in it. No device memory, no copy, nothing for the host to wait for.
+// Many tensors in one launch: a table of them says what each block has to do.
 //
 // Grid (chunks of all tensors in the table): block b works on elements [begin, end) of one tensor.
-// A launch takes as many tensors as fit 4 KB of arguments, of any size; more tensors, more
-// launches.
+// The table travels in the kernel's arguments: no device memory, no copy, nothing for the host to
+// wait for. A launch takes as many tensors as fit 4 KB of them, of any size. More tensors are more
+// launches, or one whose table lies in device memory (optim/device_table.h) and is read by the same
+// code.
 #pragma once
 
 #include "common/launch.h"
 #include "common/vector_load.cuh"
 #include "optim/chunks.h"
+#include "optim/device_table.h"
 
 namespace fused {
 
@@ -22,30 +24,48 @@ constexpr size_t kOptionBytes = 400;
 template <int kColumns>
 struct TensorTable {
   static constexpr int kWords = (4096 - kOptionBytes) / 8;
+  static constexpr int kLeadingColumns = 2;
 
   void* words[kWords];  // column after column, `capacity` each
+  // The words, and for each chunk its tensor, where they are in device memory.
+  void** maybe_outside;
+  const int32_t* outside_tensors;
+  int64_t total_chunks;
   int32_t num_tensors, capacity;
   int8_t place[kColumns];  // of each of the kernel's columns; 0 where it is absent
 
   // `present`: which columns there are.
-  explicit TensorTable(const bool (&present)[kColumns]) {
-    int8_t num_columns = 2;
+  explicit TensorTable(const bool (&present)[kColumns])
+      : maybe_outside(nullptr), outside_tensors(nullptr), total_chunks(0), num_tensors(0) {
+    int8_t num_columns = kLeadingColumns;
     for (int column = 0; column < kColumns; ++column) {
       place[column] = present[column] ? num_columns++ : 0;
     }
     capacity = kWords / num_columns;
-    num_tensors = 0;
   }
 
-  __host__ __device__ __forceinline__ int64_t chunk_end(int32_t tensor) const {
-    return reinterpret_cast<int64_t>(words[tensor]);
+  // A table in device memory; `places`: which of its columns are the kernel's.
+  TensorTable(const DeviceTable& table, const int8_t (&places)[kColumns])
+      : maybe_outside(table.words),
+        outside_tensors(table.chunk_tensors),
+        total_chunks(table.num_chunks),
+        num_tensors(static_cast<int32_t>(table.num_tensors)),
+        capacity(num_tensors) {
+    for (int column = 0; column < kColumns; ++column) place[column] = places[column];
   }
-  __host__ __device__ __forceinline__ int64_t numel(int32_t tensor) const {
-    return reinterpret_cast<int64_t>(words[capacity + tensor]);
+
+  __device__ __forceinline__ void* word(int32_t i) const {
+    return maybe_outside != nullptr ? maybe_outside[i] : words[i];
+  }
+  __device__ __forceinline__ int64_t chunk_end(int32_t tensor) const {
+    return reinterpret_cast<int64_t>(word(tensor));
+  }
+  __device__ __forceinline__ int64_t numel(int32_t tensor) const {
+    return reinterpret_cast<int64_t>(word(capacity + tensor));
   }
   // What a tensor has in a column, nullptr where the column is absent.
   __device__ __forceinline__ void* at(int column, int32_t tensor) const {
-    return place[column] == 0 ? nullptr : words[place[column] * capacity + tensor];
+    return place[column] == 0 ? nullptr : word(place[column] * capacity + tensor);
   }
 
   void set(int column, void* value) {
@@ -53,12 +73,11 @@ struct TensorTable {
   }
   // Ends the row that was set.
   void push(int64_t numel) {
-    const int64_t end = total_chunks() + fused::num_chunks(numel);
-    words[num_tensors] = reinterpret_cast<void*>(end);
+    total_chunks += fused::num_chunks(numel);
+    words[num_tensors] = reinterpret_cast<void*>(total_chunks);
     words[capacity + num_tensors] = reinterpret_cast<void*>(numel);
     ++num_tensors;
   }
-  int64_t total_chunks() const { return num_tensors == 0 ? 0 : chunk_end(num_tensors - 1); }
   bool is_full() const { return num_tensors == capacity; }
 };
 
@@ -68,23 +87,31 @@ struct Chunk {
   int64_t begin, end;  // elements
 };
 
+// The tensor to which a chunk of the table belongs.
 template <int kColumns>
-__device__ __forceinline__ Chunk find_chunk(const TensorTable<kColumns>& table, int64_t block) {
-  // The first tensor whose chunks end behind this block. Empty tensors have none, and are passed
-  // by.
+__device__ __forceinline__ int32_t find_tensor(const TensorTable<kColumns>& table, int64_t chunk) {
+  if (table.maybe_outside != nullptr) return table.outside_tensors[chunk];
+  // The first whose chunks end behind this one. Empty tensors have none, and are passed by.
   int32_t low = 0, high = table.num_tensors - 1;
   while (low < high) {
     const int32_t middle = (low + high) / 2;
-    if (table.chunk_end(middle) > block) {
+    if (table.chunk_end(middle) > chunk) {
       high = middle;
     } else {
       low = middle + 1;
     }
   }
-  const int64_t first = low == 0 ? 0 : table.chunk_end(low - 1);
+  return low;
+}
+
+template <int kColumns>
+__device__ __forceinline__ Chunk find_chunk(const TensorTable<kColumns>& table, int64_t block) {
+  const int32_t tensor = find_tensor(table, block);
+  const int64_t numel = table.numel(tensor);
+  const int64_t first = table.chunk_end(tensor) - num_chunks(numel);
   const int64_t begin = (block - first) * kOptimChunk;
-  const int64_t rest = table.numel(low) - begin;
-  return {low, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};
+  const int64_t rest = numel - begin;
+  return {tensor, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};
 }
 
 // Cuts `num_tensors` into tables like `table`: calls fill(table, i) to set the row of tensor i, of
@@ -99,6 +126,7 @@ Status for_each_table(Table table, int64_t num_tensors, const Numel& numel, cons
     if (table.is_full() || i + 1 == num_tensors) {
       if (const Status failed = launch(table)) return failed;
       table.num_tensors = 0;
+      table.total_chunks = 0;
     }
   }
   return nullptr;

@@ -7,32 +7,19 @@
 #include <type_traits>
 
 #include "common/warp.cuh"
-#include "optim/optim_math.h"
+#include "optim/optim_table.cuh"
 #include "optim/span.cuh"
-#include "optim/tensor_table.cuh"
 
 namespace fused {
 
 static_assert(kLaneElements == kRandomGroup && kOptimChunk % kQuantBlock == 0);
 
-enum OptimColumn {
-  kParam,
-  kGrad,
-  kState0,
-  kScale0 = kState0 + kMaxStates,
-  kMaster = kScale0 + kMaxStates,
-  kEma,
-  kIndex,
-  kStep,  // the bits of a double, or a pointer
-  kOptimColumns
-};
-using OptimTable = TensorTable<kOptimColumns>;
-
-// Where a launch finds its tensors' step counts.
-enum class StepPlace : int8_t { kNone, kTable, kDeviceFloat, kDeviceDouble };
-
-__device__ __forceinline__ double step_of(const void* entry, StepPlace place) {
+// The count of a tensor; `argument`: of all of them.
+__device__ __forceinline__ double step_of(const OptimTable& table, int32_t tensor, StepPlace place,
+                                          double argument) {
   if (place == StepPlace::kNone) return 0;
+  if (place == StepPlace::kArgument) return argument;
+  void* entry = table.at(kStep, tensor);
   if (place == StepPlace::kTable) return detail::bit_cast<double>(entry);
   return read_step(entry, place == StepPlace::kDeviceDouble);
 }
@@ -241,33 +228,40 @@ __device__ __forceinline__ void update_span(
   if (p.common.zero_grad) clear_grad<kPack, T>(at, span);
 }
 
+// What a block has to do: one thread finds it out, for all.
+template <typename Scales>
+struct BlockWork {
+  Chunk chunk;
+  OptimPointers at;
+  Scales scales;
+};
+
 template <typename Rule, typename T, typename S>
 __global__ void __launch_bounds__(kOptimThreads)
-    optim_update_kernel(const OptimTable table, const typename Rule::Params p,
-                        StepPlace step_place) {
-  using Scales = typename Rule::template Scales<Accumulator<T>>;
+    optim_update_kernel(const OptimTable table, const typename Rule::Params p, StepPlace step_place,
+                        double step_argument) {
+  using A = Accumulator<T>;
   const bool skipped = step_is_skipped(p.common);
   if (skipped && !p.common.zero_grad) return;
-  const Chunk chunk = find_chunk(table, blockIdx.x);
-  const OptimPointers at(table, chunk.tensor);
-  const bool aligned = at.is_aligned();
-
-  // One thread works out the powers in double, for all.
-  Scales& shared_scales = *shared_memory<Scales>();
+  auto& work = *shared_memory<BlockWork<typename Rule::template Scales<A>>>();
   if (threadIdx.x == 0) {
-    const double step = step_of(table.at(kStep, chunk.tensor), step_place);
-    shared_scales = Rule::template scales<Accumulator<T>>(p, step);
+    work.chunk = find_chunk(table, blockIdx.x);
+    work.at = OptimPointers(table, work.chunk.tensor);
+    const double step = step_of(table, work.chunk.tensor, step_place, step_argument);
+    work.scales = Rule::template scales<A>(p, step);  // powers in double
   }
   __syncthreads();
-  const Scales scales = shared_scales;
+  const auto scales = work.scales;
+  const OptimPointers& at = work.at;
+  const bool aligned = at.is_aligned();
 
   const int warp = threadIdx.x / kWarpSize;
   // Not unrolled: stores keep the next iteration's loads from moving up, so it would only cost
   // registers.
 #pragma unroll 1
-  for (int64_t begin = chunk.begin + warp * kQuantBlock; begin < chunk.end;
+  for (int64_t begin = work.chunk.begin + warp * kQuantBlock; begin < work.chunk.end;
        begin += kOptimThreads * kLaneElements) {
-    const int64_t rest = chunk.end - begin;
+    const int64_t rest = work.chunk.end - begin;
     const int count = rest < kQuantBlock ? static_cast<int>(rest) : kQuantBlock;
     const Span span{begin, count, aligned && count == kQuantBlock,
                     static_cast<int>(threadIdx.x) % kWarpSize};
@@ -279,53 +273,40 @@ __global__ void __launch_bounds__(kOptimThreads)
   }
 }
 
+template <typename Rule, typename T, typename S>
+Status start_update(const typename Rule::Params& p, const OptimTable& table, StepPlace place,
+                    double step, Stream stream) {
+  static_assert(sizeof(table) + sizeof(p) + sizeof(place) + sizeof(step) <= 4096);
+  using Work = BlockWork<typename Rule::template Scales<Accumulator<T>>>;
+  return launch(optim_update_kernel<Rule, T, S>, dim3(table.total_chunks), dim3(kOptimThreads),
+                sizeof(Work), stream, table, p, place, step);
+}
+
 // Launches for `num_tensors` tensors whose counts are in one place.
 template <typename Rule, typename T, typename S>
 Status launch_update(const typename Rule::Params& p, const OptimTensor* tensors,
                      int64_t num_tensors, StepPlace place, Stream stream) {
-  static_assert(sizeof(OptimTable) + sizeof(typename Rule::Params) + sizeof(StepPlace) <= 4096);
-  using Scales = typename Rule::template Scales<Accumulator<T>>;
-  bool present[kOptimColumns] = {};
-  present[kParam] = present[kGrad] = true;
-  for (int64_t i = 0; i < num_tensors; ++i) {  // an empty tensor has nothing anywhere
-    for (int k = 0; k < kMaxStates; ++k) {
-      present[kState0 + k] |= tensors[i].states[k] != nullptr;
-      present[kScale0 + k] |= tensors[i].state_scales[k] != nullptr;
-    }
-    present[kMaster] |= tensors[i].maybe_master != nullptr;
-    present[kEma] |= tensors[i].maybe_ema != nullptr;
-  }
-  present[kIndex] = p.common.maybe_rng != nullptr;
-  present[kStep] = place != StepPlace::kNone;
   const auto fill = [&](OptimTable& table, int64_t i) {
     const OptimTensor& t = tensors[i];
-    table.set(kParam, t.param);
-    table.set(kGrad, t.grad);
-    for (int k = 0; k < kMaxStates; ++k) {
-      table.set(kState0 + k, t.states[k]);
-      table.set(kScale0 + k, t.state_scales[k]);
-    }
-    table.set(kMaster, t.maybe_master);
-    table.set(kEma, t.maybe_ema);
-    table.set(kIndex, reinterpret_cast<void*>(t.index));
-    void* step = t.maybe_step;
-    if (place == StepPlace::kTable) {
-      step = detail::bit_cast<void*>(read_step(t.maybe_step, t.step_is_double) + 1);
-    }
-    table.set(kStep, step);
+    const bool on_host = place == StepPlace::kTable;
+    fill_row(table, t, on_host ? detail::bit_cast<void*>(next_host_step(t)) : t.maybe_step);
   };
   const auto numel = [&](int64_t i) { return tensors[i].numel; };
   const auto start = [&](const OptimTable& table) {
-    return launch(optim_update_kernel<Rule, T, S>, dim3(table.total_chunks()), dim3(kOptimThreads),
-                  sizeof(Scales), stream, table, p, place);
+    return start_update<Rule, T, S>(p, table, place, /*step=*/0, stream);
   };
-  return for_each_table(OptimTable(present), num_tensors, numel, fill, start);
+  return for_each_table(make_table(p.common, tensors, num_tensors, place), num_tensors, numel, fill,
+                        start);
 }
 
-inline StepPlace place_of(const OptimTensor& t) {
-  if (t.maybe_step == nullptr) return StepPlace::kNone;
-  if (!t.step_on_device) return StepPlace::kTable;
-  return t.step_is_double ? StepPlace::kDeviceDouble : StepPlace::kDeviceFloat;
+// One launch for any number of tensors.
+template <typename Rule, typename T, typename S>
+Status launch_outside_table(const typename Rule::Params& p, Stream stream) {
+  const OptimTensor& first = p.common.tensors[0];
+  const OptimTable table = table_outside(p.common.device_table);
+  const StepPlace place = place_of(first);
+  if (place != StepPlace::kTable) return start_update<Rule, T, S>(p, table, place, 0, stream);
+  return start_update<Rule, T, S>(p, table, StepPlace::kArgument, next_host_step(first), stream);
 }
 
 // Counts on the device must have been advanced; those on the host are, at the end.
@@ -334,12 +315,15 @@ Status update_cuda(const typename Rule::Params& p, Stream stream) {
   const OptimTensor* tensors = p.common.tensors;
   const int64_t num_tensors = p.common.num_tensors;
   const auto update = [&](auto type, auto state_type) -> Status {
+    using T = decltype(type);
+    using S = decltype(state_type);
+    if (uses_device_table(p.common)) return launch_outside_table<Rule, T, S>(p, stream);
     // A launch reads its counts from one place; tensors of a group nearly always share it.
     for (int64_t begin = 0, end = 0; begin < num_tensors; begin = end) {
       const StepPlace place = place_of(tensors[begin]);
       while (end < num_tensors && place_of(tensors[end]) == place) ++end;
-      if (const Status failed = launch_update<Rule, decltype(type), decltype(state_type)>(
-              p, tensors + begin, end - begin, place, stream)) {
+      if (const Status failed =
+              launch_update<Rule, T, S>(p, tensors + begin, end - begin, place, stream)) {
         return failed;
       }
     }
@@ -349,7 +333,7 @@ Status update_cuda(const typename Rule::Params& p, Stream stream) {
   for (int64_t i = 0; i < num_tensors; ++i) {
     const OptimTensor& t = tensors[i];
     if (place_of(t) != StepPlace::kTable) continue;
-    write_step(t.maybe_step, t.step_is_double, read_step(t.maybe_step, t.step_is_double) + 1);
+    write_step(t.maybe_step, t.step_is_double, next_host_step(t));
   }
   return nullptr;
 }

@@ -186,8 +186,8 @@ class FusedStep(RegisteredStep):
 
     def _eager_step(self, norms: Norms | None = None) -> None:
         groups = self.param_groups
-        if norms is None and not self.extras.needs_norm:
-            norms = [None] * len(groups)
+        if norms is None:
+            norms = self._norms_by(self._kept_norm)
         if norms is None:
             outcomes = [self._check(group) for group in groups]
         else:
@@ -323,21 +323,40 @@ class FusedStep(RegisteredStep):
 
     def _norms(self) -> Norms:
         """The norm that each group's step reads. Sets `grad_norm`."""
+        norms = self._norms_by(self._norm)
+        assert norms is not None
+        return norms
+
+    def _norms_by(self, norm_of: Callable[[list[Group]], Tensor | None]) -> Norms | None:
+        """The same, None where `norm_of` some groups is."""
         groups, extras = self.param_groups, self.extras
         if not extras.needs_norm:
             return [None] * len(groups)
-        if extras.norm_scope == "group":
-            norms = [self._norm([group]) for group in groups]
+        by_group = extras.norm_scope == "group"
+        norms: list[Tensor] = []
+        for scope in [[group] for group in groups] if by_group else [groups]:
+            norm = norm_of(scope)
+            if norm is None:
+                return None
+            norms.append(norm)
+        if by_group:
             self.grad_norm = torch.stack([norm.to(norms[0].device) for norm in norms])
         else:
-            norms = [self._norm(groups)] * len(groups)
             self.grad_norm = norms[0]
+            norms *= len(groups)
         if extras.nonfinite == "error" and not self.grad_norm.isfinite().all():
             raise RuntimeError(
                 f'{self._op}: gradients must be finite with nonfinite="error", '
                 f"got a norm of {self.grad_norm.tolist()}"
             )
         return [*norms]
+
+    def _kept_norm(self, groups: list[Group]) -> Tensor | None:
+        """By what the last step has kept; None where that is not what there is now."""
+        params = [group["params"] for group in groups]
+        return _route.kernels().kept_gradient_norm(
+            self._kept_groups(), params, self._grad_scaler()[0]
+        )
 
     def _norm(self, groups: list[Group]) -> Tensor:
         grad_scale = self._grad_scaler()[0]
