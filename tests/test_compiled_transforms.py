@@ -18,6 +18,12 @@ def attention(x: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(x, x, x, is_causal=True).square().sum()
 
 
+def rotary(x: Tensor) -> Tensor:
+    angles = torch.linspace(0, 3, 10, dtype=x.dtype).reshape(5, 2)
+    q, k = functional.rotary_embedding(x, x[:, :1], angles.cos(), angles.sin())
+    return (q * k).exp().sum()
+
+
 def convolution(weight: Tensor) -> Tensor:
     x = torch.linspace(-1, 1, 24, dtype=weight.dtype).reshape(2, 2, 6)
     return functional.conv1d(x, weight, activation="gelu").square().sum()
@@ -36,7 +42,13 @@ def layers(x: Tensor) -> Tensor:
     return LSTM(x)[0].square().sum()
 
 
-LOSSES = [(attention, (1, 2, 5, 4)), (convolution, (3, 2, 3)), (cell, (16, 3)), (layers, (5, 2, 3))]
+LOSSES = [
+    (attention, (1, 2, 5, 4)),
+    (rotary, (1, 2, 5, 4)),
+    (convolution, (3, 2, 3)),
+    (cell, (16, 3)),
+    (layers, (5, 2, 3)),
+]
 TRANSFORMS: dict[str, Callable[[Loss], Callable[[Tensor], Tensor]]] = {
     "grad": torch.func.grad,
     "jvp": lambda loss: lambda x: torch.func.jvp(loss, (x,), (x,))[1],
