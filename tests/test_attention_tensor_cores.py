@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -14,13 +15,23 @@ from fused._attention_composite import Options, dropout_mask
 from fused._attention_function import AttentionFunction
 from fused.functional import scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock, emulated_cuda
-from fused.testing.attention import assert_case, draw_grads, run_fused, run_reference, run_stock
-from fused.testing.cases.attention import LAST, AttentionCase
+from fused.testing.attention import (
+    Judgement,
+    Run,
+    assert_case,
+    draw_grads,
+    run_case,
+    run_fused,
+    run_reference,
+    run_stock,
+    run_stock_in_tf32,
+)
+from fused.testing.cases.attention import CASES as ALL_CASES
+from fused.testing.cases.attention import LAST, RAGGED, VARLEN_CASES, AttentionCase
+from fused.testing.tf32 import Tf32Products, round_to_tf32, tf32_allowed
 
 on_gpus = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)
-in_half = pytest.mark.parametrize(
-    "dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"]
-)
+DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "tf32"}
 EVERY_OPTION = {"softcap": 3.0, "alibi": True, "sink": True, "return_lse": True}
 # Each instance in both passes, with more tiles of queries and of keys than there are places for in
 # shared memory; head dims that fill it and some that it pads.
@@ -42,9 +53,20 @@ CASES = [
 ]
 
 
+@pytest.fixture(params=DTYPES, ids=DTYPES.get)
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    """What tensor cores multiply; float32 in tf32."""
+    with tf32_allowed():
+        yield request.param
+
+
+def stock_of(dtype: torch.dtype) -> Run:
+    return run_stock_in_tf32 if dtype == torch.float32 else run_stock
+
+
 @on_gpus
-@in_half
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES.get)
 def test_forward_and_gradients(
     case: AttentionCase, dtype: torch.dtype, backend: torch.device
 ) -> None:
@@ -100,14 +122,15 @@ def test_what_they_take_in_the_emulator() -> None:
     assert path_of(launches.counts()) == {"mma forward", "portable backward"}
 
 
-@in_half
 @pytest.mark.parametrize("forward", [75, 80])
 def test_either_backward_after_either_forward(forward: int, dtype: torch.dtype) -> None:
     # Scores in the hundreds: what the forward pass leaves of a row must mean the same to both.
     case = AttentionCase("far", 1, 1, None, 20, 70, 16, scale=60.0, sink=True)
     tensors, options = case.make(dtype, "cpu")
+    if dtype == torch.float32:  # the scores are then those of full precision
+        tensors = [round_to_tf32(t) for t in tensors]
     grads_out = draw_grads(tensors)[:1]
-    expected, stock = (run(tensors, options, grads_out) for run in (run_reference, run_stock))
+    expected, stock = (run(tensors, options, grads_out) for run in (run_reference, stock_of(dtype)))
     leaves = [t.requires_grad_() for t in tensors]
     with emulated_cuda(architecture=forward):
         out = scaled_dot_product_attention(*leaves, **options)
@@ -120,7 +143,6 @@ def test_either_backward_after_either_forward(forward: int, dtype: torch.dtype) 
 
 
 @on_gpus
-@in_half
 def test_dropout(dtype: torch.dtype, backend: torch.device) -> None:
     tensors, _ = AttentionCase("", 2, 2, 1, 37, 70, 16).make(dtype, backend)
     grad_out = draw_grads(tensors)[0]
@@ -134,8 +156,11 @@ def test_dropout(dtype: torch.dtype, backend: torch.device) -> None:
     results = []
     for compute in (dtype, torch.float64):
         leaves = [t.detach().to(compute).requires_grad_() for t in tensors]
-        out = reference.scaled_dot_product_attention(*leaves, keep=keep.to(compute), dtype=compute)
-        results.append(gradients(out, leaves))
+        with Tf32Products():
+            out = reference.scaled_dot_product_attention(
+                *leaves, keep=keep.to(compute), dtype=compute
+            )
+            results.append(gradients(out, leaves))
     leaves = [t.requires_grad_() for t in tensors]
     out = AttentionFunction.apply(*leaves, *options)[0]
     for actual, stock, truth in zip(gradients(out, leaves), *results, strict=True):
@@ -175,7 +200,6 @@ def test_what_no_row_of_a_tile_sees_is_not_read(
 
 
 @on_gpus
-@in_half
 def test_the_same_bits_in_any_batch(dtype: torch.dtype, backend: torch.device) -> None:
     case = AttentionCase("", 3, 2, 1, 40, 70, 16, is_causal=True, causal_alignment=LAST)
     tensors, options = case.make(dtype, backend)
@@ -188,7 +212,6 @@ def test_the_same_bits_in_any_batch(dtype: torch.dtype, backend: torch.device) -
 
 
 @on_gpus
-@in_half
 def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, backend: torch.device) -> None:
     q, k, v = torch.randn(3, 2, 2, 40, 8, device=backend).to(dtype).unbind()
     q[0, 1, 3, 2], q[1, 0, 7] = torch.nan, torch.inf
@@ -198,3 +221,142 @@ def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, backend: torch.d
     for ours, expected in zip((out, lse), truth, strict=True):
         assert torch.equal(ours.isnan(), expected.isnan())
         assert torch.equal(ours.isinf(), expected.isinf())
+
+
+# ---- tf32 ----
+
+# Each instance, and all options in the narrowest one.
+IN_TF32 = [
+    *(case for case in CASES if case.head_dim <= 128),
+    *(case for case in ALL_CASES if case.head_dim == 8 and case.rows * case.keys > 2000),
+    *(case for case in VARLEN_CASES if case.lengths == RAGGED and case.layout == "contiguous"),
+]
+
+
+@on_gpus
+def test_forward_and_gradients_in_tf32(backend: torch.device) -> None:
+    judgement = Judgement()
+    with tf32_allowed():
+        for case in IN_TF32:
+            judgement.add(run_case(case, torch.float32, backend, run_stock_in_tf32))
+    judgement.assert_as_accurate_as_stock()
+
+
+@on_gpus
+def test_factors_are_rounded_to_tf32(backend: torch.device) -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+        leaves = [x.clone().to(backend).requires_grad_() for x in (q, k, v)]
+        out, lse = scaled_dot_product_attention(*leaves, scale=1.0, return_lse=True)
+        grad_v = torch.autograd.grad(out, leaves[2], grad_out.to(backend))[0]
+        return [x.detach().cpu() for x in (out, lse, grad_v)]
+
+    # Of one key the score is the log-sum-exp and the weight 1. Halfway numbers are among these.
+    q = 1 + (torch.arange(64) / 2**12).view(1, 1, 8, 8)
+    k = 1 + (torch.arange(8) / 2**11).view(1, 1, 1, 8)
+    grad_out = torch.zeros(1, 1, 8, 8)
+    grad_out[:, :, 5] = q[:, :, 5] * 3
+    with tf32_allowed():
+        out, lse, grad_v = run(q, k, k)
+    scores = round_to_tf32(q).double() @ round_to_tf32(k).double().mT
+    for actual, expected in (
+        (out, round_to_tf32(k).expand_as(out)),
+        (lse, scores.float().squeeze(-1)),
+        (grad_v, round_to_tf32(grad_out).sum(2, keepdim=True)),
+    ):
+        torch.testing.assert_close(actual, expected, rtol=5e-7, atol=0)
+
+    # Of two keys the weight of the lesser one is rounded before it meets its value.
+    q = torch.arange(1, 9)[:, None] * torch.eye(8)[0] + torch.zeros(1, 1, 8, 8)
+    k = torch.stack([torch.zeros(8), -torch.eye(8)[0] / 8])[None, None]
+    with tf32_allowed():
+        out = run(q, k, torch.eye(8)[None, None, :2])[0]
+    weights = torch.exp(-torch.arange(1, 9) / 8)
+    torch.testing.assert_close(
+        out[0, 0, :, 1] / out[0, 0, :, 0], round_to_tf32(weights), rtol=5e-7, atol=0
+    )
+
+
+@pytest.fixture
+def untouched_flags() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+    for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends):
+        backend.fp32_precision = "none"
+
+
+def older_flag(allowed: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
+def precision_of_matmul(allowed: bool) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def precision_of_all(allowed: bool) -> None:
+    torch.backends.fp32_precision = "tf32" if allowed else "ieee"
+
+
+def oldest_function(allowed: bool) -> None:
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+
+
+@pytest.mark.usefixtures("untouched_flags")
+@pytest.mark.parametrize(
+    "allow", [older_flag, precision_of_matmul, precision_of_all, oldest_function]
+)
+def test_whoever_allows_tf32_in_the_emulator(allow: Callable[[bool], None]) -> None:
+    tensors = [draw(1, 2, 5, 16, dtype=torch.float32)] * 3
+    assert launched(tensors) == PORTABLE
+    allow(True)
+    assert launched(tensors) == MMA
+    allow(False)
+    assert launched(tensors) == PORTABLE
+
+
+@pytest.mark.usefixtures("untouched_flags")
+@pytest.mark.parametrize("allowed", [False, True])
+def test_flags_that_disagree_do_not_raise_in_the_emulator(allowed: bool) -> None:
+    older_flag(not allowed)
+    precision_of_matmul(allowed)
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        _ = torch.backends.cuda.matmul.allow_tf32
+    assert launched([draw(1, 2, 5, 16, dtype=torch.float32)] * 3) == (MMA if allowed else PORTABLE)
+
+
+def test_what_they_take_in_tf32_in_the_emulator() -> None:
+    def floats(*shape: int) -> Tensor:
+        return draw(*shape, dtype=torch.float32)
+
+    q = floats(1, 2, 5, 12)
+    with tf32_allowed():
+        assert launched([q, q, floats(1, 2, 5, 128)]) == MMA
+        assert launched([floats(1, 2, 5, 20)[..., 4:16], q, q]) == MMA
+        for others in (
+            [q.double()] * 3,
+            [floats(1, 1, 5, 132)] * 3,
+            [q, q, floats(1, 2, 5, 132)],
+            [floats(1, 1, 5, 14)] * 3,
+            [floats(1, 2, 5, 14)[..., :12], q, q],
+            [floats(1, 2, 5, 16)[..., 1:13], q, q],
+        ):
+            assert launched(others) == PORTABLE, [t.shape for t in others]
+        assert launched([q, q, q], architecture=75) == PORTABLE
+
+
+@pytest.mark.parametrize("forward", [False, True])
+def test_each_pass_asks_for_itself_in_the_emulator(forward: bool) -> None:
+    leaf = draw(1, 2, 5, 12, dtype=torch.float32).requires_grad_()
+    with emulated_cuda() as launches:
+        with tf32_allowed(forward):
+            out = scaled_dot_product_attention(leaf, leaf, leaf)
+        with tf32_allowed(not forward):
+            torch.autograd.grad(out, leaf, torch.ones_like(out))
+    kinds = ("mma", "portable") if forward else ("portable", "mma")
+    assert path_of(launches.counts()) == {f"{kinds[0]} forward", f"{kinds[1]} backward"}
+
+
+def test_the_cpu_knows_no_tf32() -> None:
+    tensors = [draw(1, 2, 70, 16, dtype=torch.float32) for _ in range(3)]
+    expected = scaled_dot_product_attention(*tensors)
+    with tf32_allowed():
+        assert torch.equal(scaled_dot_product_attention(*tensors), expected)

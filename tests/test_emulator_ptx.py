@@ -62,6 +62,25 @@ def test_product_of_tf32_matrices(run_case: RunCase, order: int) -> None:
     assert not np.array_equal(out, (a.double() @ b.double() + c.double()).float().numpy())
 
 
+def test_rounding_to_tf32(run_case: RunCase) -> None:
+    step = 2.0**-10
+    pairs = {
+        1 + step * 0.49: 1.0,
+        1 + step * 0.5: 1 + step,  # halves away from zero
+        -1 - step * 0.5: -1 - step,
+        1 + step * 1.49: 1 + step,
+        2 - step * 0.5: 2.0,
+        step * 2**-126: step * 2**-126,  # the least there is
+        3.4028234e38: np.inf,
+        -np.inf: -np.inf,
+        np.nan: np.nan,
+    }
+    given, out = (np.zeros(32, dtype=np.float32) for _ in range(2))
+    given[: len(pairs)] = list(pairs)
+    assert run_case("round to tf32", 0, given, out) is None
+    np.testing.assert_array_equal(out[: len(pairs)], np.float32(list(pairs.values())))
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("store", ["plain", "transposed"])
 @pytest.mark.parametrize("load", ["plain", "transposed"])

@@ -77,6 +77,7 @@ struct AttentionProblem {
   double softcap;           // 0: none
   double keep_scale;        // 1 / (1 - dropout_p), 0 where everything is dropped
   bool causal;              // row i sees the keys 0 .. i, as torch aligns it
+  bool allow_tf32;          // CUDA kernels may round the factors of float32 products to tf32
   DType dtype;
 };
 

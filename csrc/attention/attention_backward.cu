@@ -18,8 +18,8 @@ namespace {
 
 enum class Gradient { kQuery, kKey, kValue };
 
-// One warp for each row of out.
-template <typename T>
+// One warp for each row of out. Factor is how products take T.
+template <typename T, typename Factor>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_backward_delta_kernel(const AttentionBackwardParams p) {
   using A = Accumulator<T>;
@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   if (index >= static_cast<int64_t>(p.batch) * p.num_heads * p.seqlen_q) return;
   const int64_t row = index % p.seqlen_q, head = index / p.seqlen_q % p.num_heads,
                 batch = index / p.seqlen_q / p.num_heads;
-  const auto row_of = [&](const void* data, const HeadStrides& strides) {
-    return static_cast<const T*>(data) + batch * strides.batch + head * strides.head +
-           row * strides.row;
+  const auto start_of_row = [&](const HeadStrides& strides) {
+    return batch * strides.batch + head * strides.head + row * strides.row;
   };
-  const T* out = row_of(p.out, p.out_strides);
-  const T* grad_out = row_of(p.grad_out, p.grad_out_strides);
+  const T* out = static_cast<const T*>(p.out) + start_of_row(p.out_strides);
+  const Factor* grad_out =
+      static_cast<const Factor*>(p.grad_out) + start_of_row(p.grad_out_strides);
   A sum = 0;
   for (int32_t d = lane; d < p.head_dim_v; d += kWarpSize) sum += load(out[d]) * load(grad_out[d]);
   sum = warp_sum(sum);
@@ -155,11 +155,16 @@ Status attention_backward_cuda(const AttentionBackwardParams& params, Stream str
     const int64_t rows = static_cast<int64_t>(params.batch) * params.num_heads * params.seqlen_q;
     const int64_t blocks = (rows + kRowsPerBlock - 1) / kRowsPerBlock;
     if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
-    Status status = launch(attention_backward_delta_kernel<T>, dim3(static_cast<unsigned>(blocks)),
+    const bool on_tensor_cores = attention_mma_supported(params);
+    auto delta_kernel = attention_backward_delta_kernel<T, T>;
+    if constexpr (std::is_same_v<T, float>) {
+      if (on_tensor_cores) delta_kernel = attention_backward_delta_kernel<T, Tf32>;
+    }
+    Status status = launch(delta_kernel, dim3(static_cast<unsigned>(blocks)),
                            dim3(kAttentionThreads), 0, stream, params);
     if (status == nullptr) {
-      status = attention_mma_supported(params) ? attention_mma_backward(params, stream)
-                                               : launch_gradients<T>(params, stream);
+      status = on_tensor_cores ? attention_mma_backward(params, stream)
+                               : launch_gradients<T>(params, stream);
     }
     return status == nullptr ? attention_backward_scores_cuda(params, stream) : status;
   });

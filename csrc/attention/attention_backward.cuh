@@ -6,6 +6,18 @@
 
 namespace fused {
 
+// A float as products in tf32 take it: ptx::round_to_tf32, which sm_75 lacks. What is subtracted
+// from such products or divides them has to be made of the same factors: with one key to a row,
+// delta is the product, and its error too.
+struct Tf32 {
+  float value;
+};
+
+__device__ __forceinline__ float load(Tf32 x) {
+  const uint32_t bits = detail::bit_cast<uint32_t>(x.value);
+  return x.value == x.value ? detail::bit_cast<float>((bits + 0x1000u) & 0xffffe000u) : x.value;
+}
+
 // The gradients that the scores themselves have: of the mask, of ALiBi slopes, of the sink.
 Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Stream stream);
 

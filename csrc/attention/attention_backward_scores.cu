@@ -10,6 +10,7 @@
 // t % 16 + 16, as in pair_products. It gives the slopes' gradient by row, and the second kernel,
 // one block for each head, adds up the rows.
 #include "attention/attention_backward.cuh"
+#include "attention/attention_mma.h"
 
 namespace fused {
 namespace {
@@ -207,25 +208,30 @@ Status launch_scores(const AttentionBackwardParams& p, const ScoreGradient& grad
                 sizeof(AttentionTiles<Accumulator<T>>), stream, p, gradient);
 }
 
+template <typename T>
+Status launch_all_scores(const AttentionBackwardParams& p, Stream stream) {
+  Status status = nullptr;
+  if (p.maybe_grad_mask.data != nullptr) {
+    status = launch_scores<T, false>(p, p.maybe_grad_mask, stream);
+  }
+  if (status == nullptr && p.maybe_row_alibi != nullptr) {
+    status = launch_scores<T, true>(p, {p.maybe_row_alibi, 0, 0, 1, 0}, stream);
+  }
+  if (status != nullptr) return status;
+  if (p.maybe_grad_alibi_slopes == nullptr && p.maybe_grad_sink == nullptr) return nullptr;
+  return launch(attention_backward_heads_kernel<Accumulator<T>>,
+                dim3(static_cast<unsigned>(p.num_heads)), dim3(kAttentionThreads),
+                kAttentionThreads / kWarpSize * sizeof(double), stream, p);
+}
+
 }  // namespace
 
 Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Stream stream) {
-  return visit_dtype(params.dtype, [&](auto element) -> Status {
-    using T = decltype(element);
-    Status status = nullptr;
-    if (params.maybe_grad_mask.data != nullptr) {
-      status = launch_scores<T, false>(params, params.maybe_grad_mask, stream);
-    }
-    if (status == nullptr && params.maybe_row_alibi != nullptr) {
-      status = launch_scores<T, true>(params, {params.maybe_row_alibi, 0, 0, 1, 0}, stream);
-    }
-    if (status != nullptr) return status;
-    if (params.maybe_grad_alibi_slopes == nullptr && params.maybe_grad_sink == nullptr) {
-      return nullptr;
-    }
-    return launch(attention_backward_heads_kernel<Accumulator<T>>,
-                  dim3(static_cast<unsigned>(params.num_heads)), dim3(kAttentionThreads),
-                  kAttentionThreads / kWarpSize * sizeof(double), stream, params);
+  if (params.dtype == DType::kFloat32 && attention_mma_supported(params)) {
+    return launch_all_scores<Tf32>(params, stream);
+  }
+  return visit_dtype(params.dtype, [&](auto element) {
+    return launch_all_scores<decltype(element)>(params, stream);
   });
 }
 

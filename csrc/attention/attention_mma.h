@@ -1,6 +1,7 @@
-// Attention on tensor cores (mma.sync, from sm_80 on), in float16 and bfloat16: which problems take
-// it, and its launchers. Kernels for one architecture join here: a file of their own, a predicate
-// beside these, the same params and the same tests.
+// Attention on tensor cores (mma.sync, from sm_80 on), in float16 and bfloat16, and in float32
+// where its products may be in tf32: which problems take it, and its launchers. Kernels for one
+// architecture join here: a file of their own, a predicate beside these, the same params and the
+// same tests.
 #pragma once
 
 #include "attention/attention_score.h"
@@ -8,11 +9,18 @@
 namespace fused {
 
 constexpr int kMmaArchitecture = 80;
-constexpr int32_t kMmaMaxHeadDim = 256;
 
-// Whether the tensor-core kernels run this problem on the current device: 16-bit elements, head
-// dims that are multiples of 8 up to 256, no pages, every row of every tensor on 16 bytes, and code
-// for sm_80 or later in this build. All else goes to the portable kernels.
+// The widest instance. Beyond 128 the tiles of floats have no room in the shared memory of sm_86,
+// sm_89 and sm_120: the backward pass would need 144 KB of 99.
+template <typename T>
+constexpr int32_t kMmaMaxHeadDim = 256;
+template <>
+inline constexpr int32_t kMmaMaxHeadDim<float> = 128;
+
+// Whether the tensor-core kernels run this problem on the current device: 16-bit elements or, with
+// allow_tf32, float32; head dims of whole 16 bytes up to kMmaMaxHeadDim, no pages, every row of
+// every tensor on 16 bytes, and code for sm_80 or later in this build. All else goes to the
+// portable kernels.
 bool attention_mma_supported(const AttentionForwardParams& params);
 bool attention_mma_supported(const AttentionBackwardParams& params);
 
@@ -23,8 +31,10 @@ Status attention_mma_backward(const AttentionBackwardParams& params, Stream stre
 // The same for one dtype each, in a file each, because they take long to compile.
 Status attention_mma_forward_float16(const AttentionForwardParams& params, Stream stream);
 Status attention_mma_forward_bfloat16(const AttentionForwardParams& params, Stream stream);
+Status attention_mma_forward_float32(const AttentionForwardParams& params, Stream stream);
 Status attention_mma_backward_float16(const AttentionBackwardParams& params, Stream stream);
 Status attention_mma_backward_bfloat16(const AttentionBackwardParams& params, Stream stream);
+Status attention_mma_backward_float32(const AttentionBackwardParams& params, Stream stream);
 
 // Whether these kernels have code for the current device.
 bool attention_mma_compiled();
@@ -36,15 +46,17 @@ inline bool has_options(const AttentionProblem& p) {
 
 // Calls `visitor(std::integral_constant<int, kDim>{})` for the instance that has room for both head
 // dims of a problem that has an instance.
-template <typename Visitor>
+template <typename T, typename Visitor>
 Status visit_mma_dim(const AttentionProblem& p, Visitor&& visitor) {
   const int32_t dim = p.head_dim > p.head_dim_v ? p.head_dim : p.head_dim_v;
   if (dim <= 32) return visitor(std::integral_constant<int, 32>{});
   if (dim <= 64) return visitor(std::integral_constant<int, 64>{});
   if (dim <= 96) return visitor(std::integral_constant<int, 96>{});
-  if (dim <= 128) return visitor(std::integral_constant<int, 128>{});
-  if (dim <= 192) return visitor(std::integral_constant<int, 192>{});
-  return visitor(std::integral_constant<int, 256>{});
+  if constexpr (kMmaMaxHeadDim<T> > 128) {
+    if (dim > 192) return visitor(std::integral_constant<int, 256>{});
+    if (dim > 128) return visitor(std::integral_constant<int, 192>{});
+  }
+  return visitor(std::integral_constant<int, 128>{});
 }
 
 }  // namespace fused

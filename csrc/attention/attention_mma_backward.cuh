@@ -18,9 +18,9 @@ namespace {
 
 enum class MmaGradient { kQuery, kKeyValue, kKey, kValue };
 
-template <int kDim, MmaGradient kGradient, bool kOptions>
+template <typename T, int kDim, MmaGradient kGradient, bool kOptions>
 using BackwardTile =
-    MmaTile<kGradient == MmaGradient::kQuery ? MmaPass::kQueryGradient : MmaPass::kKeyGradient,
+    MmaTile<kGradient == MmaGradient::kQuery ? MmaPass::kQueryGradient : MmaPass::kKeyGradient, T,
             kOptions, kDim>;
 
 // What a row of queries makes of a score: p = exp_below(score, max_log2) * factor.
@@ -52,7 +52,7 @@ __device__ __forceinline__ RowTerms load_row_terms(const AttentionBackwardParams
 // One block's work, and where its scores lie: own rows are queries or keys.
 template <typename T, int kDim, MmaGradient kGradient, bool kOptions>
 struct Gradients {
-  using Tile = BackwardTile<kDim, kGradient, kOptions>;
+  using Tile = BackwardTile<T, kDim, kGradient, kOptions>;
   static constexpr bool kOwnsQueries = kGradient == MmaGradient::kQuery;
   static constexpr bool kOfValues =
       kGradient == MmaGradient::kValue || kGradient == MmaGradient::kKeyValue;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
             return kOwnsQueries ? own_terms[m][half] : terms[column_of_element(n, i)];
           },
           scores, dots);
-      uint32_t weights[kM][kN / 2][4];
+      Weights<T, kM, kN> weights;
       if (Block::kOfScores) {
         to_weights<T>(dots, weights);
         accumulate<kDim>(weights, tile[0], gradient);
@@ -245,8 +245,8 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
 }
 
 template <typename T, int kDim, MmaGradient kGradient, bool kOptions>
-__global__ void __launch_bounds__(BackwardTile<kDim, kGradient, kOptions>::kThreads,
-                                  BackwardTile<kDim, kGradient, kOptions>::kBlocks)
+__global__ void __launch_bounds__(BackwardTile<T, kDim, kGradient, kOptions>::kThreads,
+                                  BackwardTile<T, kDim, kGradient, kOptions>::kBlocks)
     attention_mma_backward_kernel(const AttentionBackwardParams p) {
   if constexpr (ptx::kArchitecture >= kMmaArchitecture)
     compute_gradients<T, kDim, kGradient, kOptions>(p);
@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(BackwardTile<kDim, kGradient, kOptions>::kThre
 
 template <typename T, int kDim, MmaGradient kGradient, bool kOptions>
 Status launch_mma_gradient(const AttentionBackwardParams& p, Stream stream) {
-  using Tile = BackwardTile<kDim, kGradient, kOptions>;
+  using Tile = BackwardTile<T, kDim, kGradient, kOptions>;
   constexpr bool kOwnsQueries = kGradient == MmaGradient::kQuery;
   const int64_t blocks = mma_blocks(p, kOwnsQueries, Tile::kOwn);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
@@ -281,7 +281,7 @@ Status launch_mma_gradients(const AttentionBackwardParams& p, Stream stream) {
 
 template <typename T>
 Status launch_mma_backward(const AttentionBackwardParams& p, Stream stream) {
-  return visit_mma_dim(p, [&](auto dim) {
+  return visit_mma_dim<T>(p, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     return has_options(p) ? launch_mma_gradients<T, kDim, true>(p, stream)
                           : launch_mma_gradients<T, kDim, false>(p, stream);

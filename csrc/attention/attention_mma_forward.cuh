@@ -13,8 +13,8 @@
 namespace fused {
 namespace {
 
-template <int kDim, bool kOptions>
-using ForwardTile = MmaTile<MmaPass::kForward, kOptions, kDim>;
+template <typename T, int kDim, bool kOptions>
+using ForwardTile = MmaTile<MmaPass::kForward, T, kOptions, kDim>;
 
 template <typename T, int kDim, typename Tile>
 struct ForwardMemory {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void end_softmax(const AttentionForwardParams& p, con
 
 template <typename T, int kDim, bool kOptions>
 __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
-  using Tile = ForwardTile<kDim, kOptions>;
+  using Tile = ForwardTile<T, kDim, kOptions>;
   constexpr int kM = Tile::kRowTiles, kN = Tile::kOthers / 8;
   auto& memory = *shared_memory<ForwardMemory<T, kDim, Tile>>();
   const MmaPlace place = mma_place<Tile::kOwn>(p, true);
@@ -193,7 +193,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     }
     softmax_step(scores, running, result);
     if (kOptions && p.maybe_rng != nullptr) drop(p, place, first_row, key, scores);
-    uint32_t weights[kM][kN / 2][4];
+    Weights<T, kM, kN> weights;
     to_weights<T>(scores, weights);
     accumulate<kDim>(weights, memory.v[stage], result);
   }
@@ -205,15 +205,15 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
 }
 
 template <typename T, int kDim, bool kOptions>
-__global__ void __launch_bounds__(ForwardTile<kDim, kOptions>::kThreads,
-                                  ForwardTile<kDim, kOptions>::kBlocks)
+__global__ void __launch_bounds__(ForwardTile<T, kDim, kOptions>::kThreads,
+                                  ForwardTile<T, kDim, kOptions>::kBlocks)
     attention_mma_forward_kernel(const AttentionForwardParams p) {
   if constexpr (ptx::kArchitecture >= kMmaArchitecture) attend<T, kDim, kOptions>(p);
 }
 
 template <typename T, int kDim, bool kOptions>
 Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
-  using Tile = ForwardTile<kDim, kOptions>;
+  using Tile = ForwardTile<T, kDim, kOptions>;
   const int64_t blocks = mma_blocks(p, true, Tile::kOwn);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return launch<kMmaArchitecture>(attention_mma_forward_kernel<T, kDim, kOptions>,
@@ -223,7 +223,7 @@ Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
 
 template <typename T>
 Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
-  return visit_mma_dim(p, [&](auto dim) {
+  return visit_mma_dim<T>(p, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
     return has_options(p) ? launch_mma_forward<T, kDim, true>(p, stream)
                           : launch_mma_forward<T, kDim, false>(p, stream);

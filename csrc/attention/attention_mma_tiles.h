@@ -11,6 +11,7 @@ enum class MmaPass {
 
 struct MmaSizes {
   MmaPass pass;
+  int bits;       // of an element
   bool options;   // all but causality, window and scale
   int head_dim;   // that the instance has room for
   int row_tiles;  // of 16 own rows for each warp
@@ -31,57 +32,84 @@ constexpr int kMmaStages = 2;
 //   c  32 other rows instead of 64, against spills: 16 registers less for each product and row tile
 //   d  and 16 instead of 32, so that a block stays below the 99 KB of sm_86, sm_89 and sm_120 (for
 //      the forward pass with options against spills)
+//   f  and fewer than registers have room for, so that a multiprocessor of sm_80 has two blocks
 // None of them spills.
 constexpr MmaSizes kMmaSizes[] = {
-    {MmaPass::kForward, false, 32, 2, 64},         // 24 KB, 176 / 210, 3 / 2: a
-    {MmaPass::kForward, false, 64, 2, 64},         // 48 KB, 229 / 250, 2 / 2: a
-    {MmaPass::kForward, false, 96, 2, 32},         // 48 KB, 210 / 226, 2 / 2: a c
-    {MmaPass::kForward, false, 128, 2, 32},        // 64 KB, 249 / 255, 2 / 2: a c
-    {MmaPass::kForward, false, 192, 1, 32},        // 72 KB, 202 / 221, 2 / 2: b c
-    {MmaPass::kForward, false, 256, 1, 32},        // 96 KB, 237 / 242, 1 / 2: b c
-    {MmaPass::kForward, true, 32, 1, 64},          // 20 KB, 188 / 212, 2 / 2: b
-    {MmaPass::kForward, true, 64, 1, 64},          // 40 KB, 198 / 244, 2 / 2: b
-    {MmaPass::kForward, true, 96, 1, 32},          // 36 KB, 190 / 218, 2 / 2: b c
-    {MmaPass::kForward, true, 128, 1, 32},         // 48 KB, 202 / 244, 2 / 2: b c
-    {MmaPass::kForward, true, 192, 1, 32},         // 72 KB, 232 / 246, 2 / 2: b c
-    {MmaPass::kForward, true, 256, 1, 16},         // 64 KB, 241 / 250, 2 / 2: b d
-    {MmaPass::kQueryGradient, false, 32, 1, 64},   // 25 KB, 162 / 177, 3 / 2: b
-    {MmaPass::kQueryGradient, false, 64, 1, 64},   // 49 KB, 202 / 215, 2 / 2: b
-    {MmaPass::kQueryGradient, false, 96, 1, 32},   // 48 KB, 176 / 180, 2 / 2: b c
-    {MmaPass::kQueryGradient, false, 128, 1, 32},  // 64 KB, 194 / 202, 2 / 2: b c
-    {MmaPass::kQueryGradient, false, 192, 1, 32},  // 96 KB, 224 / 232, 1 / 2: b c
-    {MmaPass::kQueryGradient, false, 256, 1, 16},  // 96 KB, 233 / 241, 1 / 2: b d
-    {MmaPass::kQueryGradient, true, 32, 1, 64},    // 25 KB, 178 / 204, 3 / 2: b
-    {MmaPass::kQueryGradient, true, 64, 1, 64},    // 49 KB, 208 / 240, 2 / 2: b
-    {MmaPass::kQueryGradient, true, 96, 1, 32},    // 48 KB, 182 / 202, 2 / 2: b c
-    {MmaPass::kQueryGradient, true, 128, 1, 32},   // 64 KB, 202 / 226, 2 / 2: b c
-    {MmaPass::kQueryGradient, true, 192, 1, 32},   // 96 KB, 232 / 238, 1 / 2: b c
-    {MmaPass::kQueryGradient, true, 256, 1, 16},   // 96 KB, 239 / 239, 1 / 2: b d
-    {MmaPass::kKeyGradient, false, 32, 1, 64},     // 25 KB, 202 / 231, 2 / 2: b
-    {MmaPass::kKeyGradient, false, 64, 1, 64},     // 49 KB, 246 / 255, 2 / 2: b
-    {MmaPass::kKeyGradient, false, 96, 1, 32},     // 48 KB, 212 / 242, 2 / 2: b c
-    {MmaPass::kKeyGradient, false, 128, 1, 32},    // 64 KB, 247 / 255, 2 / 2: b c
-    {MmaPass::kKeyGradient, false, 192, 1, 32},    // 96 KB, 228 / 244, 1 / 2: b c
-    {MmaPass::kKeyGradient, false, 256, 1, 16},    // 96 KB, 235 / 248, 1 / 2: b d
-    {MmaPass::kKeyGradient, true, 32, 1, 64},      // 25 KB, 224 / 230, 2 / 2: b
-    {MmaPass::kKeyGradient, true, 64, 1, 32},      // 32 KB, 203 / 230, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 96, 1, 32},      // 48 KB, 229 / 232, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 128, 1, 32},     // 64 KB, 254 / 247, 2 / 2: b c
-    {MmaPass::kKeyGradient, true, 192, 1, 32},     // 96 KB, 238 / 238, 1 / 2: b c
-    {MmaPass::kKeyGradient, true, 256, 1, 16},     // 96 KB, 241 / 241, 1 / 2: b d
+    {MmaPass::kForward, 16, false, 32, 2, 64},         // 24 KB, 176 / 210, 2 / 2: a
+    {MmaPass::kForward, 16, false, 64, 2, 64},         // 48 KB, 229 / 250, 2 / 2: a
+    {MmaPass::kForward, 16, false, 96, 2, 32},         // 48 KB, 210 / 226, 2 / 2: a c
+    {MmaPass::kForward, 16, false, 128, 2, 32},        // 64 KB, 249 / 255, 2 / 2: a c
+    {MmaPass::kForward, 16, false, 192, 1, 32},        // 72 KB, 202 / 221, 2 / 2: b c
+    {MmaPass::kForward, 16, false, 256, 1, 32},        // 96 KB, 237 / 242, 1 / 2: b c
+    {MmaPass::kForward, 16, true, 32, 1, 64},          // 20 KB, 188 / 212, 2 / 2: b
+    {MmaPass::kForward, 16, true, 64, 1, 64},          // 40 KB, 198 / 244, 2 / 2: b
+    {MmaPass::kForward, 16, true, 96, 1, 32},          // 36 KB, 190 / 218, 2 / 2: b c
+    {MmaPass::kForward, 16, true, 128, 1, 32},         // 48 KB, 202 / 244, 2 / 2: b c
+    {MmaPass::kForward, 16, true, 192, 1, 32},         // 72 KB, 232 / 246, 2 / 2: b c
+    {MmaPass::kForward, 16, true, 256, 1, 16},         // 64 KB, 241 / 250, 2 / 2: b d
+    {MmaPass::kQueryGradient, 16, false, 32, 1, 64},   // 25 KB, 162 / 177, 3 / 2: b
+    {MmaPass::kQueryGradient, 16, false, 64, 1, 64},   // 49 KB, 202 / 207, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, false, 96, 1, 32},   // 48 KB, 176 / 180, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, false, 128, 1, 32},  // 64 KB, 195 / 204, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, false, 192, 1, 32},  // 96 KB, 226 / 232, 1 / 2: b c
+    {MmaPass::kQueryGradient, 16, false, 256, 1, 16},  // 96 KB, 232 / 241, 1 / 2: b d
+    {MmaPass::kQueryGradient, 16, true, 32, 1, 64},    // 25 KB, 178 / 202, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, true, 64, 1, 64},    // 49 KB, 208 / 214, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, true, 96, 1, 32},    // 48 KB, 182 / 204, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 128, 1, 32},   // 64 KB, 202 / 226, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 192, 1, 32},   // 96 KB, 232 / 238, 1 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 256, 1, 16},   // 96 KB, 240 / 240, 1 / 2: b d
+    {MmaPass::kKeyGradient, 16, false, 32, 1, 64},     // 25 KB, 201 / 216, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, false, 64, 1, 64},     // 49 KB, 246 / 245, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, false, 96, 1, 32},     // 48 KB, 212 / 241, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, false, 128, 1, 32},    // 64 KB, 247 / 255, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, false, 192, 1, 32},    // 96 KB, 228 / 244, 1 / 2: b c
+    {MmaPass::kKeyGradient, 16, false, 256, 1, 16},    // 96 KB, 255 / 255, 1 / 2: b d
+    {MmaPass::kKeyGradient, 16, true, 32, 1, 64},      // 25 KB, 224 / 228, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, true, 64, 1, 32},      // 32 KB, 203 / 230, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 96, 1, 32},      // 48 KB, 229 / 240, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 128, 1, 32},     // 64 KB, 254 / 247, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 192, 1, 32},     // 96 KB, 238 / 238, 1 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 256, 1, 16},     // 96 KB, 241 / 241, 1 / 2: b d
+    // float32, as tf32.
+    {MmaPass::kForward, 32, false, 32, 2, 64},         // 48 KB, 186 / 211, 2 / 2: a
+    {MmaPass::kForward, 32, false, 64, 2, 32},         // 64 KB, 178 / 193, 2 / 2: a f
+    {MmaPass::kForward, 32, false, 96, 2, 16},         // 72 KB, 186 / 200, 2 / 2: a f
+    {MmaPass::kForward, 32, false, 128, 2, 16},        // 96 KB, 218 / 232, 1 / 2: a d
+    {MmaPass::kForward, 32, true, 32, 1, 64},          // 40 KB, 188 / 218, 2 / 2: b
+    {MmaPass::kForward, 32, true, 64, 1, 64},          // 80 KB, 206 / 223, 2 / 2: b
+    {MmaPass::kForward, 32, true, 96, 1, 32},          // 72 KB, 192 / 204, 2 / 2: b f
+    {MmaPass::kForward, 32, true, 128, 1, 16},         // 64 KB, 180 / 205, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, false, 32, 1, 64},   // 49 KB, 158 / 181, 3 / 2: b
+    {MmaPass::kQueryGradient, 32, false, 64, 1, 32},   // 64 KB, 148 / 172, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, false, 96, 1, 16},   // 72 KB, 144 / 200, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, false, 128, 1, 16},  // 96 KB, 161 / 216, 1 / 2: b d
+    {MmaPass::kQueryGradient, 32, true, 32, 1, 64},    // 49 KB, 164 / 204, 3 / 2: b
+    {MmaPass::kQueryGradient, 32, true, 64, 1, 32},    // 64 KB, 153 / 200, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, true, 96, 1, 16},    // 72 KB, 158 / 186, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, true, 128, 1, 16},   // 96 KB, 174 / 210, 1 / 2: b d
+    {MmaPass::kKeyGradient, 32, false, 32, 1, 64},     // 49 KB, 199 / 234, 2 / 2: b
+    {MmaPass::kKeyGradient, 32, false, 64, 1, 32},     // 64 KB, 178 / 202, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, false, 96, 1, 16},     // 72 KB, 185 / 202, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, false, 128, 1, 16},    // 96 KB, 217 / 238, 1 / 2: b d
+    {MmaPass::kKeyGradient, 32, true, 32, 1, 64},      // 49 KB, 216 / 224, 2 / 2: b
+    {MmaPass::kKeyGradient, 32, true, 64, 1, 32},      // 64 KB, 197 / 226, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, true, 96, 1, 16},      // 72 KB, 196 / 226, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, true, 128, 1, 16},     // 96 KB, 229 / 242, 1 / 2: b d
 };
 
-constexpr MmaSizes find_mma_sizes(MmaPass pass, bool options, int head_dim) {
+constexpr MmaSizes find_mma_sizes(MmaPass pass, int bits, bool options, int head_dim) {
   for (const MmaSizes& row : kMmaSizes) {
-    if (row.pass == pass && row.options == options && row.head_dim == head_dim) return row;
+    const bool same_kind = row.pass == pass && row.bits == bits && row.options == options;
+    if (same_kind && row.head_dim == head_dim) return row;
   }
   return {};  // which MmaTile refuses
 }
 
 // A row of the table for kernels.
-template <MmaPass kPass, bool kOptions, int kDim>
+template <MmaPass kPass, typename T, bool kOptions, int kDim>
 struct MmaTile {
-  static constexpr MmaSizes kSizes = find_mma_sizes(kPass, kOptions, kDim);
+  static constexpr MmaSizes kSizes = find_mma_sizes(kPass, 8 * sizeof(T), kOptions, kDim);
   static constexpr int kRowTiles = kSizes.row_tiles, kOthers = kSizes.others, kStages = kMmaStages;
   static constexpr int kThreads = 32 * kMmaWarps, kOwn = 16 * kRowTiles * kMmaWarps;
   // All that 65,536 registers have room for beyond 168 of each thread.

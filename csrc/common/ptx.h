@@ -19,7 +19,7 @@
 //                          transposition column g, rows 2t and 2t + 1
 //
 // PTX ISA: "Matrix Fragments for mma.m16n8k16" and "mma.m16n8k8", "ldmatrix", "stmatrix",
-// "cp.async", "bar", "ex2".
+// "cp.async", "bar", "ex2", "cvt".
 #pragma once
 
 #include <cstdint>
@@ -42,6 +42,7 @@ using emulator::ldmatrix;
 using emulator::mma_m16n8k16_bf16;
 using emulator::mma_m16n8k16_f16;
 using emulator::mma_m16n8k8_tf32;
+using emulator::round_to_tf32;
 using emulator::stmatrix;
 }  // namespace fused::ptx
 
@@ -61,6 +62,14 @@ constexpr int kArchitecture = 80;  // the host's pass
 __device__ __forceinline__ float exp2_approx(float x) {
   float result;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
+// The nearest float of 10 bits behind the point, of two the one further from 0; beyond the largest
+// an infinity. Infinities stay, and NaN.
+__device__ __forceinline__ uint32_t round_to_tf32(float x) {
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
   return result;
 }
 

@@ -16,6 +16,11 @@ inline float exp2_approx(float x) {
   return result < 0x1p-126f ? 0.0f : result;  // NaN stays
 }
 
+inline uint32_t round_to_tf32(float x) {
+  if (std::isnan(x)) return 0x7fffffffu;
+  return (detail::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u;
+}
+
 // ---- tensor cores ----
 
 struct MmaRecord {

@@ -18,10 +18,11 @@ from fused.functional import (
 from fused.testing.cases.attention import AttentionCase
 from fused.testing.cases.attention_cache import CacheCase
 from fused.testing.compare import assert_as_accurate_as_stock
+from fused.testing.tf32 import Tf32Products
 
 # By name: the kernels', the definition's and stock's.
 Results = dict[str, tuple[Tensor, Tensor, Tensor]]
-
+Run = Callable[[list[Tensor], dict, list[Tensor]], dict[str, Tensor]]
 _STOCK_OPTIONS = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 
 
@@ -85,6 +86,15 @@ def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> 
     return _run(_definition(options), tensors, kept, grads_out)
 
 
+def run_stock_in_tf32(
+    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+) -> dict[str, Tensor]:
+    """The definition in float32, with the products that stock takes where tf32 is allowed."""
+    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": torch.float32}
+    with Tf32Products():
+        return _run(_definition(options), tensors, kept, grads_out)
+
+
 def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
     packed = "cu_seqlens_q" in options
     function = varlen_attention if packed else scaled_dot_product_attention
@@ -100,7 +110,9 @@ def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 
-def run_case(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> Results:
+def run_case(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device, run_stock: Run = run_stock
+) -> Results:
     """Every result and gradient of a case."""
     tensors, options = case.make(dtype, device)
     grads_out = draw_grads(tensors)

@@ -48,6 +48,10 @@ __global__ void product_tf32_kernel(const float* in, float* out) {
   for (int r = 0; r < 4; ++r) out[(group + r / 2 * 8) * 8 + place * 2 + r % 2] = d[r];
 }
 
+__global__ void round_to_tf32_kernel(const float* in, float* out) {
+  out[threadIdx.x] = __uint_as_float(ptx::round_to_tf32(in[threadIdx.x]));
+}
+
 // Four 8 x 8 matrices to fragments and back, each way plain or transposed.
 template <bool kLoadTransposed, bool kStoreTransposed>
 __global__ void matrices_kernel(const uint16_t* in, uint16_t* out) {
@@ -111,6 +115,7 @@ const Case kCases[] = {
     {"f16", run_on<product_16_kernel<false>, 768>},
     {"bf16", run_on<product_16_kernel<true>, 768>},
     {"tf32", run_on<product_tf32_kernel, 0>},
+    {"round to tf32", run_on<round_to_tf32_kernel, 0>},
     {"plain plain", run_on<matrices_kernel<false, false>, 512>},
     {"plain transposed", run_on<matrices_kernel<false, true>, 512>},
     {"transposed plain", run_on<matrices_kernel<true, false>, 512>},
