@@ -215,8 +215,8 @@ def killer_of(mutant: Mutant) -> str | None:
     """The test that notices, or None."""
     path = TREE / mutant.path
     tests = tests_for(mutant.path)
-    # Tensor cores take 16 bits.
-    few = f"emulated and {'float16' if '_mma' in mutant.path else 'float32'}"
+    # Tensor cores take 16 bits, or float32 as tf32.
+    few = f"emulated and ({'float16 or tf32' if '_mma' in mutant.path else 'float32'})"
     try:
         path.write_text(mutant.text)
         for variant, keyword, files in (
