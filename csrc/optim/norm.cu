@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(kOptimThreads)
   using A = Accumulator<T>;
   const Chunk chunk = find_chunk(table, blockIdx.x);
   const T* x = static_cast<const T*>(table.at(0, chunk.tensor));
+  assume_global(x);
   double sum = 0;
   const auto add_pack = [&](int64_t i) {
     const Pack<T> pack = load_pack(x + i);
@@ -82,6 +83,7 @@ __global__ void __launch_bounds__(kOptimThreads)
   const A factor = static_cast<A>(coefficient);
   const Chunk chunk = find_chunk(table, blockIdx.x);
   T* x = static_cast<T*>(table.at(0, chunk.tensor));
+  assume_global(x);
   const auto multiply_pack = [&](int64_t i) {
     Pack<T> pack = load_pack(x + i);
 #pragma unroll

@@ -7,6 +7,7 @@
 
 #include "common/warp.cuh"
 #include "optim/quantize.h"
+#include "optim/tensor_table.cuh"
 
 namespace fused {
 
@@ -35,6 +36,7 @@ __device__ __forceinline__ int element_of(const Span& span, int j) {
 template <int kPack, typename X>
 __device__ __forceinline__ void load_span(const X* data, const Span& span,
                                           X (&out)[kLaneElements]) {
+  assume_global(data);
   data += span.begin;
   if (span.packed) {
 #pragma unroll
@@ -56,6 +58,7 @@ __device__ __forceinline__ void load_span(const X* data, const Span& span,
 template <int kPack, typename X>
 __device__ __forceinline__ void store_span(const X (&values)[kLaneElements], const Span& span,
                                            X* data) {
+  assume_global(data);
   data += span.begin;
   if (span.packed) {
 #pragma unroll

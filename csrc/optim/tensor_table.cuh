@@ -81,6 +81,14 @@ struct TensorTable {
   bool is_full() const { return num_tensors == capacity; }
 };
 
+// Says that an address is one of global memory. Of one that was read from memory the compiler would
+// not know, and take slower instructions.
+__device__ __forceinline__ void assume_global([[maybe_unused]] const void* address) {
+#ifndef FUSED_EMULATED
+  __builtin_assume(__isGlobal(address));
+#endif
+}
+
 // A block's part of the table.
 struct Chunk {
   int32_t tensor;

@@ -237,7 +237,7 @@ struct BlockWork {
 };
 
 template <typename Rule, typename T, typename S>
-__global__ void __launch_bounds__(kOptimThreads)
+__global__ void __launch_bounds__(kOptimThreads, 1)
     optim_update_kernel(const OptimTable table, const typename Rule::Params p, StepPlace step_place,
                         double step_argument) {
   using A = Accumulator<T>;
