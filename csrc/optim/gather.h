@@ -17,6 +17,11 @@ namespace fused::optim_bindings {
 
 namespace py = pybind11;
 
+// The gradient of a leaf: Tensor::grad() asks first whether it is one, to warn.
+inline const at::Tensor& gradient_of(PyObject* param) {
+  return THPVariable_Unpack(param).unsafeGetTensorImpl()->grad();
+}
+
 // Looks up keys that are mostly asked for in the dict's own order: the next one is looked at before
 // a hash is computed (in Python, for tensors).
 class DictWalker {
@@ -147,7 +152,7 @@ struct Gathered {
     DictWalker entries(state.ptr());
     for (const py::handle& object : params) {
       const at::Tensor& param = THPVariable_Unpack(object.ptr());
-      const at::Tensor& grad = param.grad();
+      const at::Tensor& grad = gradient_of(object.ptr());
       if (!grad.defined()) continue;
       refusal = fused::optim_bindings::refusal(param);
       if (refusal == nullptr) refusal = fused::optim_bindings::refusal(grad);
@@ -220,7 +225,7 @@ inline bool is_as_kept(KeptStep& kept, const py::list& params, const py::dict& s
   DictWalker entries(state.ptr());
   for (const py::handle& object : params) {
     const at::Tensor& param = THPVariable_Unpack(object.ptr());
-    const at::Tensor& grad = param.grad();
+    const at::Tensor& grad = gradient_of(object.ptr());
     if (!grad.defined()) continue;
     if (!kept.next_is(param) || !kept.next_is(grad)) return false;
     if (needs_no_state(param, names, common)) continue;
@@ -250,7 +255,7 @@ inline bool add_kept_gradients(const KeptStep& kept, const py::list& params, Nor
                                TensorVector* maybe_hold) {
   KeptStep::GradientWalk walk(kept, batches);
   for (const py::handle& object : params) {
-    const at::Tensor& grad = THPVariable_Unpack(object.ptr()).grad();
+    const at::Tensor& grad = gradient_of(object.ptr());
     if (!grad.defined()) continue;
     if (!walk.next_is(grad)) return false;
     if (maybe_hold != nullptr) maybe_hold->push_back(grad);

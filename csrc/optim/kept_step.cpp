@@ -3,18 +3,11 @@
 #include <c10/util/irange.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "common/checks.h"
 
 namespace fused {
-namespace {
-
-constexpr size_t kAhead = 10;
-
-}  // namespace
-
 void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> batches,
                         const StepOptions& options) {
   forget();
@@ -46,46 +39,24 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
 
 void KeptStep::see(const at::Tensor& tensor, void* slot, bool is_written, bool must_be_apart) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  seen_.push_back({impl, impl->mutable_data(), slot, impl->key_set(), impl->dtype(), impl->device(),
-                   is_written, must_be_apart, static_cast<uint32_t>(shapes_.size())});
-  shapes_.push_back(tensor.dim());
-  shapes_.insert(shapes_.end(), tensor.sizes().begin(), tensor.sizes().end());
-  shapes_.insert(shapes_.end(), tensor.strides().begin(), tensor.strides().end());
+  void* data = writable_data(*impl, *impl->unsafe_storage().unsafeGetStorageImpl());
+  seen_.push_back({impl, data, slot, kind_of(*impl), is_written, must_be_apart});
 }
 
-bool KeptStep::is_alike(const Seen& seen, const c10::TensorImpl& impl) const {
-  if (impl.key_set() != seen.keys || impl.dtype() != seen.dtype || impl.device() != seen.device) {
-    return false;
-  }
-  const int64_t* shape = shapes_.data() + seen.shape;
-  const auto sizes = impl.sizes(), strides = impl.strides();
-  const size_t dim = sizes.size();
-  return static_cast<int64_t>(dim) == shape[0] &&
-         std::equal(sizes.begin(), sizes.end(), shape + 1) &&
-         std::equal(strides.begin(), strides.end(), shape + 1 + dim);
-}
-
-bool KeptStep::next_is(const at::Tensor& tensor) {
-  if (position_ == seen_.size() || !tensor.defined()) return false;
-  // Tensors lie scattered: what the one after some others needs is asked for now.
-  if (position_ + kAhead < seen_.size()) {
-    const char* next = reinterpret_cast<const char*>(seen_[position_ + kAhead].impl);
-    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
-      __builtin_prefetch(next + line);
+uint32_t KeptStep::kind_of(const c10::TensorImpl& impl) {
+  // That of a tensor just seen, mostly.
+  constexpr size_t kLookedAt = 8;
+  for (size_t back = 1; back <= std::min(kLookedAt, kinds_.size()); ++back) {
+    if (is_alike(kinds_[kinds_.size() - back], impl)) {
+      return static_cast<uint32_t>(kinds_.size() - back);
     }
   }
-  Seen& seen = seen_[position_];
-  seen.impl = tensor.unsafeGetTensorImpl();
-  if (!is_alike(seen, *seen.impl)) return false;
-  void* data = seen.impl->mutable_data();
-  if (data != seen.data) {
-    seen.data = data;
-    memcpy(seen.slot, &data, sizeof(data));
-    may_share_memory_ |= seen.must_be_apart;
-    has_moved_ = true;
-  }
-  ++position_;
-  return true;
+  const auto sizes = impl.sizes(), strides = impl.strides();
+  kinds_.push_back({impl.key_set(), impl.dtype(), impl.device(),
+                    static_cast<uint32_t>(sizes.size()), static_cast<uint32_t>(shapes_.size())});
+  shapes_.insert(shapes_.end(), sizes.begin(), sizes.end());
+  shapes_.insert(shapes_.end(), strides.begin(), strides.end());
+  return static_cast<uint32_t>(kinds_.size() - 1);
 }
 
 bool KeptStep::end_walk() {
@@ -144,10 +115,11 @@ bool KeptStep::GradientWalk::next_is(const at::Tensor& grad) {
   if (position_ == kept_.gradients_.size()) return false;
   const Seen& seen = kept_.seen_[kept_.gradients_[position_++]];
   c10::TensorImpl& impl = *grad.unsafeGetTensorImpl();
-  if (!kept_.is_alike(seen, impl)) return false;
+  const Kind& was = kept_.kinds_[seen.kind];
+  if (!kept_.is_alike(was, impl)) return false;
   void* data = const_cast<void*>(impl.data());
   moved_ |= data != seen.data;
-  const TensorKind kind(seen.dtype.toScalarType(), seen.device);
+  const TensorKind kind(was.dtype.toScalarType(), was.device);
   batch_of(batches_, kind).tensors.push_back({data, impl.numel()});
   return true;
 }

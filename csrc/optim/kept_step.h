@@ -10,6 +10,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <cstring>
 #include <vector>
 
 #include "optim/norm_batch.h"
@@ -48,33 +49,87 @@ class FUSED_API KeptStep {
   std::vector<at::Tensor> hold() const;
 
  private:
+  // What a tensor is but for where it lies. Many share one.
+  struct Kind {
+    c10::DispatchKeySet keys;
+    caffe2::TypeMeta dtype;
+    c10::Device device;
+    uint32_t dim;
+    uint32_t shape;  // where its sizes and then its strides are in shapes_
+  };
   // A tensor as the last walk has seen it. `impl` is good until the walk's caller lets others run.
   struct Seen {
     c10::TensorImpl* impl;
     void* data;
     void* slot;  // where the pointer is kept in the batches
-    c10::DispatchKeySet keys;
-    caffe2::TypeMeta dtype;
-    c10::Device device;
+    uint32_t kind;
     bool is_written;
     bool must_be_apart;  // may share no memory with others of its kind
-    uint32_t shape;      // where its sizes and strides are in shapes_
   };
 
   void see(const at::Tensor& tensor, void* slot, bool is_written, bool must_be_apart = false);
-  bool is_alike(const Seen& seen, const c10::TensorImpl& impl) const;
+  uint32_t kind_of(const c10::TensorImpl& impl);
+  bool is_alike(const Kind& kind, const c10::TensorImpl& impl) const;
   bool shares_memory() const;
 
   std::vector<LaunchBatch> batches_;
   std::vector<Seen> seen_;
   std::vector<uint32_t> gradients_;  // which of those are gradients
-  std::vector<int64_t> shapes_;      // for each tensor its number of dimensions, sizes and strides
+  std::vector<Kind> kinds_;
+  std::vector<int64_t> shapes_;
   size_t position_ = 0;
   int64_t numel_ = 0;
   bool host_counts_ = false, zero_grad_ = false;
   bool may_share_memory_ = false;  // something moved since it was last found not to
   bool has_moved_ = false;         // something moved since the last step
 };
+
+// A walk asks these of thousands of tensors, so they are inline and call nothing.
+
+inline bool KeptStep::is_alike(const Kind& kind, const c10::TensorImpl& impl) const {
+  if (impl.key_set() != kind.keys || impl.dtype() != kind.dtype || impl.device() != kind.device) {
+    return false;
+  }
+  const auto sizes = impl.sizes(), strides = impl.strides();
+  if (sizes.size() != kind.dim) return false;
+  const int64_t *shape = shapes_.data() + kind.shape, *stride = shape + kind.dim;
+  for (uint32_t d = 0; d < kind.dim; ++d) {
+    if (sizes[d] != shape[d] || strides[d] != stride[d]) return false;
+  }
+  return true;
+}
+
+// Where a tensor's elements begin, about to be written: a lazy clone becomes one of its own.
+inline void* writable_data(const c10::TensorImpl& impl, c10::StorageImpl& storage) {
+  if (impl.numel() == 0) return nullptr;
+  return static_cast<char*>(storage.mutable_data()) +
+         static_cast<int64_t>(impl.dtype().itemsize()) * impl.storage_offset();
+}
+
+inline bool KeptStep::next_is(const at::Tensor& tensor) {
+  if (position_ == seen_.size() || !tensor.defined()) return false;
+  // Tensors lie scattered: what the one after some others needs is asked for now.
+  constexpr size_t kAhead = 10;
+  if (position_ + kAhead < seen_.size()) {
+    const char* next = reinterpret_cast<const char*>(seen_[position_ + kAhead].impl);
+    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
+      __builtin_prefetch(next + line);
+    }
+  }
+  Seen& seen = seen_[position_];
+  seen.impl = tensor.unsafeGetTensorImpl();
+  c10::StorageImpl* storage = seen.impl->unsafe_storage().unsafeGetStorageImpl();
+  if (storage == nullptr || !is_alike(kinds_[seen.kind], *seen.impl)) return false;
+  void* data = writable_data(*seen.impl, *storage);
+  if (data != seen.data) {
+    seen.data = data;
+    memcpy(seen.slot, &data, sizeof(data));
+    may_share_memory_ |= seen.must_be_apart;
+    has_moved_ = true;
+  }
+  ++position_;
+  return true;
+}
 
 class FUSED_API KeptStep::GradientWalk {
  public:
