@@ -61,7 +61,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
         TABLE,
         "< to <=",
-        "return {low, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};",
+        "return {tensor, begin, begin + (rest < kOptimChunk ? rest : kOptimChunk)};",
     ): "equal values, either is chosen",
     (
         "csrc/optim/update.cuh",
