@@ -24,17 +24,19 @@ Status attention_backward_scores_cuda(const AttentionBackwardParams& params, Str
 // What an element of the score matrix gives to the gradients.
 template <typename A>
 struct ScoreWeight {
-  A kept;      // keep * p, which weighs grad_out for grad_v
-  A gradient;  // ds, the derivative of the loss by the final score
-  A slope;     // the final score's derivative by scale * q . k
+  A kept;         // keep * p, which weighs grad_out for grad_v
+  A gradient;     // ds, the derivative of the loss by the final score
+  A slope;        // the final score's derivative by scale * q . k
+  A probability;  // p
 };
 
 // From an element's final score, p, keep and product grad_out . v, and its row's delta.
 template <typename A>
 __device__ __forceinline__ ScoreWeight<A> weigh_score(const Score<A>& score, A probability, A keep,
                                                       A dot_v, A delta) {
-  if (score.value == kHiddenScore<A>) return {0, 0, 0};
-  return {keep * probability, probability * (keep * dot_v - delta), score.slope};
+  if (score.value == kHiddenScore<A>) return {0, 0, 0, 0};
+  const A gradient = probability * (keep * dot_v - delta);
+  return {keep * probability, gradient, score.slope, probability};
 }
 
 // From an element's products q . k and grad_out . v. Hidden keys give zeros, not even a NaN, and so
@@ -44,7 +46,7 @@ __device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardPa
                                                        const Sequence& sequence, const Band& band,
                                                        int32_t head, int32_t row, int32_t column,
                                                        A dot, A dot_v) {
-  if (row >= sequence.seqlen_q || column >= sequence.seqlen_k) return {0, 0, 0};
+  if (row >= sequence.seqlen_q || column >= sequence.seqlen_k) return {0, 0, 0, 0};
   const Score<A> score = final_score(p, sequence, band, head, row, column, dot);
   const int64_t index = row_of_all(p, sequence, head, row);
   const RowStats<A> stats = load_row_stats<A>(p, p.row_stats, index);

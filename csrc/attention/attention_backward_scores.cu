@@ -9,6 +9,9 @@
 // it adds up in registers: thread t has the rows 4 * (t / 16) .. + 3 and the columns t % 16 and
 // t % 16 + 16, as in pair_products. It gives the slopes' gradient by row, and the second kernel,
 // one block for each head, adds up the rows.
+//
+// A row's part of the slopes' gradient is a small sum of large terms: what is known of the sum of
+// ds alone says by how much the row's delta was rounded, and takes that out of it (alibi_of_row).
 #include "attention/attention_backward.cuh"
 #include "attention/attention_mma.h"
 
@@ -81,6 +84,28 @@ __device__ __forceinline__ void store_sums(const ScoreGradient& gradient, Attent
   }
 }
 
+// What a row adds up for its slope's gradient, with distances counted from the row's nearest.
+template <typename A>
+struct DistanceSums {
+  A gradient, moment, lever;  // of ds, distance * ds and distance * p
+};
+
+// A row's -sum_j distance * ds. An error in its delta is in every ds, p times as large; so it is in
+// their sum, which without one is grad_lse, and what a sink has of delta.
+template <typename A>
+__device__ __forceinline__ A alibi_of_row(const AttentionBackwardParams& p, int32_t head,
+                                          int64_t index, const DistanceSums<A>& sums) {
+  const RowStats<A> stats = load_row_stats<A>(p, p.row_stats, index);
+  if (stats.inverse_sum == 0) return A(0);
+  A expected = 0;
+  if (p.maybe_grad_lse != nullptr) expected = static_cast<const A*>(p.maybe_grad_lse)[index];
+  if (p.maybe_sink != nullptr) {
+    expected -= sink_gradient(static_cast<const A*>(p.maybe_sink)[head], stats,
+                              static_cast<const A*>(p.delta)[index]);
+  }
+  return (sums.gradient - expected) * sums.lever - sums.moment;
+}
+
 template <typename T, bool kByDistance>
 __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
     attention_backward_scores_kernel(const AttentionBackwardParams p,
@@ -91,6 +116,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   const Shares shares = kByDistance ? row_shares(p) : mask_shares(p, gradient);
 
   A sums[kRowsPerThread][kColumnsPerThread] = {};
+  DistanceSums<A> of_row[kRowsPerThread] = {};
   for (int32_t index = shares.sequences.begin; index < shares.sequences.end; ++index) {
     const Sequence sequence = sequence_of(p, index);
     const Band band = visible_band(p, sequence);
@@ -120,11 +146,16 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
 #pragma unroll
             for (int c = 0; c < kColumnsPerThread; ++c) {
               const int32_t column = first_key + thread_column + 16 * c;
-              const A ds =
-                  score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c])
-                      .gradient;
-              const int32_t distance = nearest - alibi_distance(sequence, row, column);
-              sums[r][c] += kByDistance ? ds * static_cast<A>(distance) : ds;
+              const ScoreWeight<A> weight =
+                  score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c]);
+              if (kByDistance) {
+                const A distance = static_cast<A>(alibi_distance(sequence, row, column) - nearest);
+                of_row[r].gradient += weight.gradient;
+                of_row[r].moment += distance * weight.gradient;
+                of_row[r].lever += distance * weight.probability;
+              } else {
+                sums[r][c] += weight.gradient;
+              }
             }
           }
         }
@@ -132,6 +163,22 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     }
   }
 
+  const int32_t first_row = shares.row_tiles.begin * kOwn;
+  A* const data = static_cast<A*>(gradient.data);
+  if (kByDistance) {
+    const Sequence sequence = sequence_of(p, shares.sequences.begin);
+#pragma unroll
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const DistanceSums<A> row_sums = {warp_sum<16>(of_row[r].gradient),
+                                        warp_sum<16>(of_row[r].moment),
+                                        warp_sum<16>(of_row[r].lever)};
+      const int32_t row = first_row + thread_row + r;
+      if (thread_column != 0 || row >= sequence.seqlen_q) continue;
+      const int64_t index = row_of_all(p, sequence, shares.heads.begin, row);
+      data[index] = alibi_of_row(p, shares.heads.begin, index, row_sums);
+    }
+    return;
+  }
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
 #pragma unroll
@@ -140,19 +187,11 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     }
   }
   __syncthreads();
-  const int32_t first_row = shares.row_tiles.begin * kOwn;
   const int32_t first_key = shares.key_tiles.begin * kOther;
-  A* const data = static_cast<A*>(gradient.data);
-  if (kByDistance) {
-    const Sequence sequence = sequence_of(p, shares.sequences.begin);
-    A* target = data + row_of_all(p, sequence, shares.heads.begin, first_row);
-    store_sums(gradient, tiles, target, sequence.seqlen_q - first_row, kOther);
-  } else {
-    A* target = data + shares.sequences.begin * gradient.batch_stride +
-                shares.heads.begin * gradient.head_stride + first_row * gradient.row_stride +
-                first_key * gradient.column_stride;
-    store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
-  }
+  A* target = data + shares.sequences.begin * gradient.batch_stride +
+              shares.heads.begin * gradient.head_stride + first_row * gradient.row_stride +
+              first_key * gradient.column_stride;
+  store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
 }
 
 // A sum over the block in a fixed order; thread 0 has it.

@@ -8,9 +8,10 @@ namespace fused {
 constexpr int kWarpSize = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-template <typename A>
+// Of every kLanes neighbours.
+template <int kLanes = kWarpSize, typename A>
 __device__ __forceinline__ A warp_sum(A value) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value += __shfl_xor_sync(kFullWarp, value, offset);
   }
   return value;
