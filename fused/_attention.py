@@ -92,7 +92,7 @@ def scaled_dot_product_attention(
     keyword-only extras that combine freely. The forward pass is the online softmax of Milakov &
     Gimelshein (arXiv:1805.02867), tiled as in FlashAttention (arXiv:2205.14135); the backward pass
     recomputes the probabilities. Both are deterministic, and a sequence's result does not depend
-    on the batch that it comes in. All floating inputs have gradients.
+    on the batch that it comes in. All floating inputs have gradients, and tangents in forward mode.
 
     The score of query i and key j is ``scale * q·k``, then ``softcap * tanh(score / softcap)``,
     then ``- alibi_slopes[h] * |i + T - S - j|``, then ``+ attn_mask``; then keys are hidden.
@@ -159,7 +159,7 @@ def attend(
     if query.is_nested and not need_weights and is_packed(query, key, value, enable_gqa):
         return attend_jagged(query, key, value, options)
     query, key, value = _route.autocast(query.device.type, query, key, value)
-    transform = _route.composite_reason(query, key, value, *options[:3])
+    transform = _route.composite_reason(query, key, value, *options[:3], forward_mode=True)
     unsupported = _unsupported(query, key, value, options.attn_mask, enable_gqa)
     _route.report("attention", query.device, transform or unsupported)
     if unsupported is not None or (transform is not None and need_weights):

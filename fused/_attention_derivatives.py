@@ -36,7 +36,7 @@ def transformed_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
     """
     if _route.is_traced(q, k, v):  # lengths may be symbols
         return attention_composite(q, k, v, options)
-    if options.dropout_p > 0:
+    if options.dropout_p > 0 and options.rng is None:
         # Not PyTorch's own dropout: what is computed a second time has to drop the same weights.
         options = options._replace(rng=draw_rng(q.device))
     is_packed = options.cu_seqlens_q is not None
@@ -128,16 +128,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        run, inputs = ctx.run, ctx.saved_tensors
-
-        def pull(*inputs_and_grads: Any) -> tuple[Tensor, ...]:
-            inputs, grads = inputs_and_grads[:count], inputs_and_grads[count:]
-            result: tuple[Tensor, ...] = torch.func.vjp(*_of_floating(run, inputs))[1](grads)
-            return result
-
-        count = len(inputs)
-        pulled = iter(_Again.apply(pull, *inputs, *grads))
-        return None, *(next(pulled) if _is_floating(x) else None for x in inputs)
+        return None, *pulled_back(ctx.run, ctx.saved_tensors, grads)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
@@ -157,6 +148,21 @@ class _Again(torch.autograd.Function):
         return _Again.apply(push, *inputs, *given)
 
 
+def pulled_back(
+    run: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Any], grads: Sequence[Any]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of `run(*inputs)`, which is computed again, and again for theirs."""
+
+    def pull(*inputs_and_grads: Any) -> tuple[Tensor, ...]:
+        inputs, grads = inputs_and_grads[:count], inputs_and_grads[count:]
+        result: tuple[Tensor, ...] = torch.func.vjp(*_of_floating(run, inputs))[1](grads)
+        return result
+
+    count = len(inputs)
+    pulled = iter(_Again.apply(pull, *inputs, *grads))
+    return tuple(next(pulled) if _is_floating(x) else None for x in inputs)
+
+
 def _is_floating(x: Tensor | None) -> bool:
     return x is not None and x.is_floating_point()
 
@@ -169,6 +175,27 @@ def _of_floating(run: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Any, .
         return run(*(next(values) if _is_floating(x) else x for x in inputs))
 
     return function, *(x for x in inputs if _is_floating(x))
+
+
+def gradients(
+    needs: list[bool], saved: Sequence[Tensor], options: Options, ops: Any,
+    grad_out: Tensor | None, grad_lse: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Those of the op's inputs, options too, by `ops.attention_backward` where it can.
+
+    `saved` are q, k, v, out and row_stats.
+    """
+    q, k, v, out, row_stats = saved
+    constants = [None] * len(options[3:])
+    differentiable = _route.needs_composite_gradients(grad_out, grad_lse)
+    inputs = (q, k, v, *options[:3])
+    if differentiable and not _route.is_plain(grad_out, grad_lse, *inputs):
+        return (*gradients_by_composite(options, inputs, (grad_out, grad_lse)), *constants)
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    given = (grad_out, grad_lse, q, k, v, *options)
+    if differentiable:
+        return (*AttentionBackward.apply(needs, out.detach(), row_stats, *given), *constants)
+    return (*kernel_gradients(ops, needs, out, row_stats, *given), *constants)
 
 
 def kernel_gradients(

@@ -15,11 +15,8 @@ from fused._attention_composite import (
     compute_dtype,
     draw_rng,
 )
-from fused._attention_derivatives import (
-    AttentionBackward,
-    gradients_by_composite,
-    kernel_gradients,
-)
+from fused._attention_derivatives import gradients
+from fused._attention_tangent import attention_with_tangents
 
 
 def run_attention(
@@ -32,7 +29,9 @@ def run_attention(
     if options.dropout_p > 0:
         options = options._replace(rng=draw_rng(q.device))
     mask, slopes, sink = options[:3]
-    if _route.is_traced(q, k, v, mask, slopes, sink):
+    if _route.is_forward_mode(q, k, v, mask, slopes, sink):
+        out, lse = attention_with_tangents(q, k, v, options)
+    elif _route.is_traced(q, k, v, mask, slopes, sink):
         out, lse, _ = torch.ops.fused.attention_forward(q, k, v, *options)
     elif _route.needs_grad(q, k, v, mask, slopes, sink):
         out, lse = AttentionFunction.apply(q, k, v, *options)
@@ -66,18 +65,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of all inputs of the op, by `ops.attention_backward` where it can."""
     q, k, v, out, row_stats, *tensors = ctx.saved_tensors
-    options = Options(*tensors, *ctx.options)
-    needs = list(ctx.needs_input_grad[:6])
-    constants = [None] * len(options[3:])
-    differentiable = _route.needs_composite_gradients(grad_out, grad_lse)
-    inputs = (q, k, v, *options[:3])
-    if differentiable and not _route.is_plain(grad_out, grad_lse, *inputs):
-        return (*gradients_by_composite(options, inputs, (grad_out, grad_lse)), *constants)
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    given = (grad_out, grad_lse, q, k, v, *options)
-    if differentiable:
-        return (*AttentionBackward.apply(needs, out.detach(), row_stats, *given), *constants)
-    return (*kernel_gradients(ops, needs, out, row_stats, *given), *constants)
+    options, needs = Options(*tensors, *ctx.options), list(ctx.needs_input_grad[:6])
+    return gradients(needs, (q, k, v, out, row_stats), options, ops, grad_out, grad_lse)
 
 
 def empty_heads(like: Tensor, width: int) -> Tensor:
@@ -90,10 +79,16 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
 
 
 @torch.library.register_fake("fused::attention_forward")
-def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+def _forward_results(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
     rows = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_empty(rows, dtype=compute_dtype(q))
     return empty_heads(q, v.shape[-1]), lse, lse.new_empty(2, *rows)
+
+
+@torch.library.register_fake("fused::attention_tangent")
+def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    out, lse, row_stats = _forward_results(q, k, v)
+    return out, lse, row_stats, torch.empty_like(out), torch.empty_like(lse)
 
 
 @torch.library.register_fake("fused::attention_backward")

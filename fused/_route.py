@@ -7,8 +7,8 @@ There are three ways, and every op takes one of them through this module:
   must see the op itself: torch.compile and torch.export, fake and meta tensors, tensor subclasses
   and dispatch modes;
 - *composite*: plain PyTorch operators, for what no kernel covers. `torch.func` transforms and
-  forward-mode derivatives take it, and so do derivatives beyond the first, because every PyTorch
-  operator has its rules for them.
+  forward-mode derivatives take it (but for attention's), and so do derivatives beyond the first,
+  because every PyTorch operator has its rules for them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from fused import _load
@@ -75,8 +76,13 @@ def is_transformed() -> bool:
 vars(is_transformed)["_dynamo_marked_constant"] = True
 
 
-def composite_reason(*tensors: Tensor | None) -> str | None:
-    """Why a call cannot run a kernel whatever its shapes, or None."""
+def composite_reason(*tensors: Tensor | None, forward_mode: bool = False) -> str | None:
+    """Why a call cannot run a kernel whatever its shapes, or None.
+
+    `forward_mode`: the op asks `is_forward_mode` and has a kernel for that.
+    """
+    if forward_mode and is_forward_mode(*tensors):
+        return None
     if is_transformed():
         return "a torch.func transform is active"
     if torch.compiler.is_compiling():
@@ -87,6 +93,33 @@ def composite_reason(*tensors: Tensor | None) -> str | None:
     ):
         return "an input carries a forward-mode tangent"
     return None
+
+
+def is_forward_mode(*tensors: Tensor | None) -> bool:
+    """Whether these carry tangents which a kernel can take with them, as inputs beside the others.
+
+    That is so where forward mode is what comes first: `torch.func.jvp`, with vmap and reverse
+    derivatives around it, or `torch.autograd.forward_ad` where nothing is recorded for a reverse
+    derivative, which would have to carry tangents itself.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    kinds = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    kind = torch._C._functorch.TransformType
+    if kinds and (kinds[-1] != kind.Jvp or not {*kinds[:-1]} <= {kind.Vmap, kind.Grad}):
+        return False
+    duals = [forward_ad.unpack_dual(t) for t in tensors if t is not None]
+    if all(dual.tangent is None for dual in duals) or not torch._C._is_fwd_grad_enabled():
+        return False
+    parts = [part for dual in duals for part in dual]
+    if has_subclass(*parts) or _is_batched(*parts):
+        return False
+    return bool(kinds) or not needs_grad(*parts)
+
+
+def has_subclass(*tensors: Tensor | None) -> bool:
+    """Whether any is of a class of its own, which may not know of fused's ops."""
+    return any(t is not None and type(t) not in (*_PLAIN_TYPES, FakeTensor) for t in tensors)
 
 
 def unsupported(*tensors: Tensor | None, bool_too: bool = False) -> str | None:
@@ -127,9 +160,12 @@ def needs_composite_gradients(*grad_outputs: Tensor | None) -> bool:
     """Whether a backward pass has to call `composite_gradients` instead of a kernel.
 
     With gradients enabled someone asked for `create_graph=True`; `is_grads_batched=True` hands over
-    many gradients in one tensor, by a transform older than torch.func.
+    many gradients in one tensor, by a transform older than torch.func; and a gradient may carry a
+    forward-mode tangent.
     """
-    return torch.is_grad_enabled() or is_transformed() or _is_batched(*grad_outputs)
+    if torch.is_grad_enabled() or _is_batched(*grad_outputs):
+        return True
+    return composite_reason(*grad_outputs) is not None
 
 
 def _is_batched(*tensors: Tensor | None) -> bool:

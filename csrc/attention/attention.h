@@ -11,6 +11,14 @@
 // A row i that sees no key has lse = -inf, out = 0 and gives no gradient, not even to the sink. NaN
 // and infinities in the inputs go where this maths takes them.
 //
+// In forward mode each input x has a tangent x' besides, and the same pass gives the tangents of
+// the results, zeros for a row without keys:
+//
+//   s'[i, j] = scale * (1 - tanh^2) * (q'[i] . k[j] + q[i] . k'[j])
+//              - alibi_slopes'[h] * |i + T - S - j| + mask'[i, j]        0 where j is hidden
+//   lse'[i]  = sum_j p[i, j] * s'[i, j] + exp(sink[h] - lse[i]) * sink'[h]
+//   out'[i]  = sum_j keep[i, j] * p[i, j] * (s'[i, j] * v[j] + v'[j]) - lse'[i] * out[i]
+//
 // B = batch, S = query length, T = key length, H = query heads, G = key/value heads (H is a
 // multiple of G), D = head_dim of q and k, Dv = head_dim of v.
 //
@@ -92,6 +100,15 @@ struct AttentionForwardParams : AttentionProblem {
   HeadStrides out_strides;
 };
 
+struct AttentionTangentParams : AttentionForwardParams {
+  // The same problem with the tangents of q, k, v, mask, slopes and sink in their place, each null
+  // where it is zero, and without a softcap: final scores are made alike of both.
+  AttentionProblem tangents;
+  void* out_tangent;  // [B, H, S, Dv]
+  void* lse_tangent;  // [B, H, S] contiguous, like lse
+  HeadStrides out_tangent_strides;
+};
+
 // A tensor of a mask's shape that takes the sum of ds over each dimension of stride 0.
 struct ScoreGradient {
   void* data;  // float (double for double)
@@ -116,7 +133,9 @@ struct AttentionBackwardParams : AttentionProblem {
 };
 
 static_assert(std::is_trivially_copyable_v<AttentionBackwardParams>);
-static_assert(sizeof(AttentionBackwardParams) <= 1024, "kernel arguments hold at most 4 KB");
+static_assert(std::is_trivially_copyable_v<AttentionTangentParams>);
+static_assert(sizeof(AttentionBackwardParams) <= 1024 && sizeof(AttentionTangentParams) <= 1024,
+              "kernel arguments hold at most 4 KB");
 
 // Why no kernel can run this problem, or nullptr. Every launcher runs what passes here.
 inline const char* attention_unsupported(const AttentionProblem& problem) {
@@ -131,6 +150,8 @@ inline const char* attention_unsupported(const AttentionProblem& problem) {
 
 Status attention_forward_cpu(const AttentionForwardParams& params);
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream);
+Status attention_tangent_cpu(const AttentionTangentParams& params);
+Status attention_tangent_cuda(const AttentionTangentParams& params, Stream stream);
 Status attention_backward_cpu(const AttentionBackwardParams& params);
 Status attention_backward_cuda(const AttentionBackwardParams& params, Stream stream);
 

@@ -27,6 +27,11 @@ Status attention_forward_cpu(const AttentionForwardParams& params) {
   return FUSED_ISA_DISPATCH(attention_forward, params);
 }
 
+Status attention_tangent_cpu(const AttentionTangentParams& params) {
+  if (multiplies_bfloat16(params)) return attention_tangent_bf16(params);
+  return FUSED_ISA_DISPATCH(attention_tangent, params);
+}
+
 Status attention_backward_cpu(const AttentionBackwardParams& params) {
   if (multiplies_bfloat16(params)) return attention_backward_bf16(params);
   return FUSED_ISA_DISPATCH(attention_backward, params);

@@ -49,6 +49,7 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
 #include "attention/attention_cpu_forward.inl"
 #include "attention/attention_cpu_decode.inl"
 #include "attention/attention_cpu_weights.inl"
+#include "attention/attention_cpu_tangent.inl"
 #include "attention/attention_cpu_backward.inl"
 #include "attention/attention_cpu_score_gradient.inl"
 // clang-format on
@@ -59,10 +60,13 @@ static Status attention_forward_of(const AttentionForwardParams& p) {
   const bool packed = p.maybe_cu_seqlens_q != nullptr;
   if (packed || p.seqlen_q <= kFewQueries) decode<T>(p);
   if (!packed && p.seqlen_q <= kFewQueries) return nullptr;
-  const int64_t heads = int64_t{p.batch} * p.num_heads;
-  const int32_t tiles = tiles_of_task(heads * num_tiles<Accumulator<T>>(p.seqlen_q));
-  parallel_for(0, num_tasks(p, true, tiles * kOwnRows<Accumulator<T>>), 1,
-               [&](int64_t begin, int64_t end) { forward_tasks<T>(p, tiles, begin, end); });
+  run_query_tasks<ForwardPass<T>>(p);
+  return nullptr;
+}
+
+template <typename T>
+static Status attention_tangent_of(const AttentionTangentParams& p) {
+  run_query_tasks<TangentPass<T>>(p);
   return nullptr;
 }
 
@@ -86,6 +90,9 @@ static Status attention_backward_of(const AttentionBackwardParams& p) {
 static Status attention_forward(const AttentionForwardParams& p) {
   return attention_forward_of<BFloat16>(p);
 }
+static Status attention_tangent(const AttentionTangentParams& p) {
+  return attention_tangent_of<BFloat16>(p);
+}
 static Status attention_backward(const AttentionBackwardParams& p) {
   return attention_backward_of<BFloat16>(p);
 }
@@ -93,6 +100,10 @@ static Status attention_backward(const AttentionBackwardParams& p) {
 static Status attention_forward(const AttentionForwardParams& p) {
   return visit_dtype(p.dtype,
                      [&](auto element) { return attention_forward_of<decltype(element)>(p); });
+}
+static Status attention_tangent(const AttentionTangentParams& p) {
+  return visit_dtype(p.dtype,
+                     [&](auto element) { return attention_tangent_of<decltype(element)>(p); });
 }
 static Status attention_backward(const AttentionBackwardParams& p) {
   return visit_dtype(p.dtype,

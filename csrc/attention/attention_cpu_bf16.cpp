@@ -24,6 +24,10 @@ Status attention_forward_bf16(const AttentionForwardParams& params) {
   return avx512_bf16::attention_forward(params);
 }
 
+Status attention_tangent_bf16(const AttentionTangentParams& params) {
+  return avx512_bf16::attention_tangent(params);
+}
+
 Status attention_backward_bf16(const AttentionBackwardParams& params) {
   return avx512_bf16::attention_backward(params);
 }
@@ -36,6 +40,7 @@ namespace fused {
 
 constexpr Status kNever = "this CPU has no instruction for products in bfloat16";
 Status attention_forward_bf16(const AttentionForwardParams&) { return kNever; }
+Status attention_tangent_bf16(const AttentionTangentParams&) { return kNever; }
 Status attention_backward_bf16(const AttentionBackwardParams&) { return kNever; }
 
 }  // namespace fused

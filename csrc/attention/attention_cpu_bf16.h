@@ -7,6 +7,7 @@
 namespace fused {
 
 Status attention_forward_bf16(const AttentionForwardParams& params);
+Status attention_tangent_bf16(const AttentionTangentParams& params);
 Status attention_backward_bf16(const AttentionBackwardParams& params);
 
 }  // namespace fused

@@ -1,5 +1,5 @@
-// Attention forward on the CPU: one task for some tiles of queries of a head. Part of
-// attention_cpu.inl.
+// Attention forward on the CPU: one task for some tiles of queries of a head, which a pass takes
+// over the keys. Part of attention_cpu.inl.
 
 // A tile of queries on its way over the keys.
 template <typename T>
@@ -13,7 +13,7 @@ struct QueryTile {
   int32_t row, rows;
   Range keys;
   Operand<T>* q;  // lanes
-  A* result;      // [Dv][kOwnRows]
+  A* result;      // [the pass's result_columns][kOwnRows], of which Dv are the output's
   alignas(64) A max[kOwnRows<A>];
   alignas(64) A sum[kOwnRows<A>];
 };
@@ -64,33 +64,109 @@ static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max,
   }
 }
 
-// Takes a tile of keys into a tile of queries.
-template <typename T, typename E = Operand<T>, typename A = Accumulator<T>>
-static void forward_step(const AttentionForwardParams& p, const Band& band,
-                         const TilePlace<true>& place, const TileRows<E>& k, const TileRows<E>& v,
-                         QueryTile<T>& tile, A* mask, A* scores, E* weights) {
-  pair_products(k, place.other_rows, tile.q, tile.rows, p.head_dim, scores);
-  final_scores<A>(p, band, place, mask, scores, nullptr);
-  softmax_step(place.other_rows, p.head_dim_v, scores, tile.max, tile.sum, tile.result);
-  multiply_by_dropout(p, place, scores);
-  accumulate(v, place.other_rows, weights_over_rows(scores, place.other_rows, weights), tile.rows,
-             p.head_dim_v, tile.result);
-}
+// Keys and values of a problem, or of its tangents, on their way into the products.
+template <typename T>
+struct KeyBuffers {
+  using E = Operand<T>;
 
+  explicit KeyBuffers(const AttentionProblem& p)
+      : k(tile_size<E>(p.head_dim)),
+        v(tile_size<E>(p.head_dim_v)),
+        k_pages(p.maybe_block_table != nullptr ? kOtherRows * p.head_dim : 0),
+        v_pages(p.maybe_block_table != nullptr ? kOtherRows * p.head_dim_v : 0) {}
+
+  TileRows<E> load_k(const AttentionProblem& p, const Sequence& sequence, int32_t head_kv,
+                     int32_t key, int32_t rows) const {
+    return over_columns(
+        cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, key, rows, k_pages.data()),
+        0, rows, k.data());
+  }
+  TileRows<E> load_v(const AttentionProblem& p, const Sequence& sequence, int32_t head_kv,
+                     int32_t key, int32_t rows) const {
+    return over_rows(
+        cache_rows(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v, key, rows, v_pages.data()),
+        0, rows, v.data());
+  }
+  // Of a problem's queries, by way of the room for its keys.
+  void pack_queries(const AttentionProblem& p, const Sequence& sequence, int32_t head, int32_t row,
+                    int32_t rows, E* lanes) const {
+    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
+    pack_lanes(over_columns(q, row, rows, k.data()), rows, num_elements<E>(p.head_dim), lanes);
+  }
+
+  const Scratch<E> k, v;
+  const Scratch<T> k_pages, v_pages;
+};
+
+// Writes the results of a tile, and how each row ended.
 template <typename T, typename A = Accumulator<T>>
 static void finish_tile(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
-                        const QueryTile<T>& tile, A* buffer) {
+                        const QueryTile<T>& tile, A* buffer, RowEnd<A>* ends) {
   const int64_t first = row_of_all(p, sequence, head, tile.row);
   A row_scale[kOwnRows<A>];
   for (int32_t i = 0; i < tile.rows; ++i) {
-    const RowEnd<A> row_end = end_row(p, head, tile.max[i], tile.sum[i]);
-    row_scale[i] = row_end.scale;
-    store_row_end(p, first + i, row_end);
+    ends[i] = end_row(p, head, tile.max[i], tile.sum[i]);
+    row_scale[i] = ends[i].scale;
+    store_row_end(p, first + i, ends[i]);
   }
   T* out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head);
   store_lanes(tile.result, row_scale, tile.rows, p.head_dim_v, buffer,
               out + tile.row * p.out_strides.row, p.out_strides.row);
 }
+
+// What a thread works on, and what it does with a tile of queries and one of keys.
+template <typename T>
+struct ForwardPass {
+  using Element = T;
+  using Params = AttentionForwardParams;
+  using A = Accumulator<T>;
+  using E = Operand<T>;
+
+  ForwardPass(const Params& params, int32_t num_tiles)
+      : p(params),
+        keys(p),
+        q_lanes(num_tiles * q_size(p)),
+        weights(kOtherRows * kOwnRows<A>),
+        scores(kOtherRows * kOwnRows<A>),
+        buffer(tile_size<A>(p.head_dim_v)),
+        mask(mask_buffer<A>(p)) {
+    std::fill_n(scores.data(), kOtherRows * kOwnRows<A>, A(0));
+  }
+
+  static int64_t q_size(const Params& p) {
+    return int64_t{num_elements<E>(p.head_dim)} * kOwnRows<A>;
+  }
+  static int64_t result_columns(const Params& p) { return p.head_dim_v; }
+  static bool leaves_out(const Sequence& sequence) { return has_few_queries(sequence); }
+
+  void begin(const Sequence& sequence, int32_t head, int32_t index, QueryTile<T>& tile) {
+    tile.q = q_lanes.data() + index * q_size(p);
+    keys.pack_queries(p, sequence, head, tile.row, tile.rows, tile.q);
+  }
+  void load(const Sequence& sequence, int32_t head_kv, int32_t key, int32_t rows) {
+    k = keys.load_k(p, sequence, head_kv, key, rows);
+    v = keys.load_v(p, sequence, head_kv, key, rows);
+  }
+  void step(const Band& band, const TilePlace<true>& place, QueryTile<T>& tile) {
+    const int32_t rows = place.other_rows;
+    pair_products(k, rows, tile.q, tile.rows, p.head_dim, scores.data());
+    final_scores<A>(p, band, place, mask.data(), scores.data(), nullptr);
+    softmax_step(rows, p.head_dim_v, scores.data(), tile.max, tile.sum, tile.result);
+    multiply_by_dropout(p, place, scores.data());
+    accumulate(v, rows, weights_over_rows(scores.data(), rows, weights.data()), tile.rows,
+               p.head_dim_v, tile.result);
+  }
+  void finish(const Sequence& sequence, int32_t head, const QueryTile<T>& tile) {
+    RowEnd<A> ends[kOwnRows<A>];
+    finish_tile(p, sequence, head, tile, buffer.data(), ends);
+  }
+
+  const Params& p;
+  const KeyBuffers<T> keys;
+  const Scratch<E> q_lanes, weights;
+  const Scratch<A> scores, buffer, mask;
+  TileRows<E> k, v;
+};
 
 // Tiles of queries that a task takes over the keys together, to read and pack those once: as many
 // as leave a few tasks for each thread. No row's result depends on it.
@@ -100,28 +176,20 @@ static inline int32_t tiles_of_task(int64_t all_tiles) {
       std::clamp<int64_t>(all_tiles / (4 * num_threads()), 1, kTilesOfTask));
 }
 
-template <typename T, typename A = Accumulator<T>>
-static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, int64_t begin,
-                          int64_t end) {
-  using E = Operand<T>;
+template <typename Pass>
+static void query_tasks(const typename Pass::Params& p, int32_t num_tiles, int64_t begin,
+                        int64_t end) {
+  using T = typename Pass::Element;
+  using A = Accumulator<T>;
   constexpr int32_t kRows = kOwnRows<A>;
-  const int32_t task_rows = num_tiles * kRows;
-  const int32_t group = p.num_heads / p.num_heads_kv;
-  const int64_t q_size = int64_t{num_elements<E>(p.head_dim)} * kRows;
-  const int64_t result_size = int64_t{p.head_dim_v} * kRows;
-  const Scratch<E> q_lanes(num_tiles * q_size), k_buffer(tile_size<E>(p.head_dim)),
-      v_buffer(tile_size<E>(p.head_dim_v)), weights(kOtherRows * kRows);
-  const Scratch<A> results(num_tiles * result_size), scores(kOtherRows * kRows),
-      out_buffer(tile_size<A>(p.head_dim_v)), mask = mask_buffer<A>(p);
-  const int64_t page_rows = p.maybe_block_table != nullptr ? kOtherRows : 0;
-  const Scratch<T> k_pages(page_rows * p.head_dim), v_pages(page_rows * p.head_dim_v);
-  std::fill_n(scores.data(), kOtherRows * kRows, A(0));
+  const int64_t result_size = Pass::result_columns(p) * kRows;
+  const Scratch<A> results(num_tiles * result_size);
+  Pass pass(p, num_tiles);
 
   for (int64_t task = begin; task < end; ++task) {
-    const auto [sequence, head, first_row] = task_place(p, true, task_rows, task);
-    if (first_row >= sequence.seqlen_q || has_few_queries(sequence)) continue;
+    const auto [sequence, head, first_row] = task_place(p, true, num_tiles * kRows, task);
+    if (first_row >= sequence.seqlen_q || Pass::leaves_out(sequence)) continue;
     const Band band = visible_band(p, sequence);
-    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
 
     QueryTile<T> tiles[kTilesOfTask]{};
     int32_t count = 0;
@@ -130,32 +198,33 @@ static void forward_tasks(const AttentionForwardParams& p, int32_t num_tiles, in
       tile.row = row;
       tile.rows = std::min(kRows, sequence.seqlen_q - row);
       tile.keys = keys_seen_by(sequence, band, row, row + tile.rows - 1);
-      tile.q = q_lanes.data() + count * q_size;
       tile.result = results.data() + count * result_size;
-      pack_lanes(over_columns(q, row, tile.rows, k_buffer.data()), tile.rows,
-                 num_elements<E>(p.head_dim), tile.q);
       std::fill_n(tile.result, result_size, A(0));
       std::fill_n(tile.max, kRows, kHiddenScore<A>);
       std::fill_n(tile.sum, kRows, A(0));
+      pass.begin(sequence, head, count, tile);
       ++count;
     }
 
     // The rows of the last tile see the last keys.
     const Range keys{tiles[0].keys.begin / kOtherRows * kOtherRows, tiles[count - 1].keys.end};
     for (int32_t key = keys.begin; key < keys.end; key += kOtherRows) {
-      const int32_t rows = std::min(kOtherRows, sequence.seqlen_k - key);
-      const auto k = cache_rows(p, p.k, p.k_strides, sequence, head / group, p.head_dim, key, rows,
-                                k_pages.data());
-      const auto v = cache_rows(p, p.v, p.v_strides, sequence, head / group, p.head_dim_v, key,
-                                rows, v_pages.data());
-      const auto k_rows = over_columns(k, 0, rows, k_buffer.data());
-      const auto v_rows = over_rows(v, 0, rows, v_buffer.data());
+      pass.load(sequence, head / (p.num_heads / p.num_heads_kv), key,
+                std::min(kOtherRows, sequence.seqlen_k - key));
       for (int32_t t = 0; t < count; ++t) {
         if (key >= tiles[t].keys.end || key + kOtherRows <= tiles[t].keys.begin) continue;
-        forward_step(p, band, tiles[t].place(sequence, head, key), k_rows, v_rows, tiles[t],
-                     mask.data(), scores.data(), weights.data());
+        pass.step(band, tiles[t].place(sequence, head, key), tiles[t]);
       }
     }
-    for (int32_t t = 0; t < count; ++t) finish_tile(p, sequence, head, tiles[t], out_buffer.data());
+    for (int32_t t = 0; t < count; ++t) pass.finish(sequence, head, tiles[t]);
   }
+}
+
+template <typename Pass>
+static void run_query_tasks(const typename Pass::Params& p) {
+  using A = Accumulator<typename Pass::Element>;
+  const int64_t heads = int64_t{p.batch} * p.num_heads;
+  const int32_t tiles = tiles_of_task(heads * num_tiles<A>(p.seqlen_q));
+  parallel_for(0, num_tasks(p, true, tiles * kOwnRows<A>), 1,
+               [&](int64_t begin, int64_t end) { query_tasks<Pass>(p, tiles, begin, end); });
 }

@@ -1,16 +1,17 @@
 // The tile products of attention on the CPU. Part of attention_cpu.inl.
 
-// pairs[j][i] = other[j] . own[i], where own holds lanes. Long rows are added up in parts, which
-// loses fewer digits.
+// pairs[j][i] = other[j] . own[i], where own holds lanes, or what is added to them. Long rows are
+// added up in parts, which loses fewer digits.
 template <typename E>
 static void pair_products(const TileRows<E>& other, int32_t other_rows, const E* own,
-                          int32_t own_rows, int32_t columns, ProductSum<E>* pairs) {
+                          int32_t own_rows, int32_t columns, ProductSum<E>* pairs,
+                          bool adds = false) {
   constexpr int32_t kPart = 128;
   const int32_t elements = num_elements<E>(columns);
   for (int32_t first = 0; first < elements; first += kPart) {
     block_gemm<E>(other_rows, own_rows, std::min(kPart, elements - first), other.data + first,
                   other.row_stride, 1, own + first * kOwnRows<E>, kOwnRows<E>, pairs, kOwnRows<E>,
-                  first > 0);
+                  adds || first > 0);
   }
 }
 

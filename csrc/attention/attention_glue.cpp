@@ -15,38 +15,6 @@ namespace fused {
 namespace attention_glue {
 namespace {
 
-// A mask for sequences of their own lengths brings its own number of rows and columns.
-AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p) {
-  check_same_device(kOp, "attn_mask", mask, "q", q);
-  const bool is_bool = mask.scalar_type() == at::kBool;
-  const bool packed = p.maybe_cu_seqlens_q != nullptr || p.maybe_cache_seqlens != nullptr;
-  int64_t shape[] = {p.num_sequences, p.num_heads, p.seqlen_q, p.seqlen_k};
-  int64_t strides[] = {0, 0, 0, 0};
-  int32_t extents[] = {0, 0, kMaxLength, kMaxLength};
-  for (int64_t dim = 2; packed && dim < 4; ++dim) {
-    shape[dim] = mask.dim() >= 4 - dim ? mask.size(dim - 4) : 1;
-  }
-  bool broadcasts = mask.dim() <= 4;
-  for (int64_t i = 0; broadcasts && i < mask.dim(); ++i) {
-    const int64_t dim = 4 - mask.dim() + i;
-    broadcasts = mask.size(i) == shape[dim] || mask.size(i) == 1;
-    if (mask.size(i) == 1) continue;
-    strides[dim] = mask.stride(i);
-    extents[dim] = checked_int32(kOp, "a size of attn_mask", mask.size(i));
-  }
-  FUSED_CHECK_VALUE(broadcasts, kOp, ": attn_mask must be broadcastable to ",
-                    at::IntArrayRef(shape), ", got ", mask.sizes());
-  return {mask.const_data_ptr(),
-          strides[0],
-          strides[1],
-          strides[2],
-          strides[3],
-          extents[2],
-          extents[3],
-          is_bool ? MaskKind::kBool : MaskKind::kAdditive,
-          is_bool ? DType::kFloat32 : dtype_of(kOp, "attn_mask", mask)};
-}
-
 void set_dropout(AttentionProblem& problem, double dropout_p,
                  const std::optional<at::Tensor>& maybe_rng, const at::Tensor& q) {
   FUSED_CHECK_VALUE(dropout_p >= 0 && dropout_p <= 1, kOp,
@@ -70,17 +38,6 @@ void set_dropout(AttentionProblem& problem, double dropout_p,
 bool tf32_allowed() {
   return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
          at::Float32Precision::TF32;
-}
-
-// A value for each head, or nullptr.
-const void* head_values(const char* argument, const std::optional<at::Tensor>& maybe_values,
-                        const at::Tensor& q) {
-  if (!maybe_values) return nullptr;
-  check_shape(kOp, argument, *maybe_values, {sizes_of(q).heads});
-  check_compute_dtype(argument, *maybe_values, q);
-  FUSED_CHECK_VALUE(maybe_values->is_contiguous(), kOp, ": ", argument,
-                    " must be contiguous, got strides ", maybe_values->strides());
-  return maybe_values->const_data_ptr();
 }
 
 // A bound beyond all keys is one that no length can reach.
@@ -137,6 +94,48 @@ void set_cache(AttentionProblem& problem, const at::Tensor& k, const Cache& cach
 }
 
 }  // namespace
+
+// A mask for sequences of their own lengths brings its own number of rows and columns.
+AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p) {
+  check_same_device(kOp, "attn_mask", mask, "q", q);
+  const bool is_bool = mask.scalar_type() == at::kBool;
+  const bool packed = p.maybe_cu_seqlens_q != nullptr || p.maybe_cache_seqlens != nullptr;
+  int64_t shape[] = {p.num_sequences, p.num_heads, p.seqlen_q, p.seqlen_k};
+  int64_t strides[] = {0, 0, 0, 0};
+  int32_t extents[] = {0, 0, kMaxLength, kMaxLength};
+  for (int64_t dim = 2; packed && dim < 4; ++dim) {
+    shape[dim] = mask.dim() >= 4 - dim ? mask.size(dim - 4) : 1;
+  }
+  bool broadcasts = mask.dim() <= 4;
+  for (int64_t i = 0; broadcasts && i < mask.dim(); ++i) {
+    const int64_t dim = 4 - mask.dim() + i;
+    broadcasts = mask.size(i) == shape[dim] || mask.size(i) == 1;
+    if (mask.size(i) == 1) continue;
+    strides[dim] = mask.stride(i);
+    extents[dim] = checked_int32(kOp, "a size of attn_mask", mask.size(i));
+  }
+  FUSED_CHECK_VALUE(broadcasts, kOp, ": attn_mask must be broadcastable to ",
+                    at::IntArrayRef(shape), ", got ", mask.sizes());
+  return {mask.const_data_ptr(),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          extents[2],
+          extents[3],
+          is_bool ? MaskKind::kBool : MaskKind::kAdditive,
+          is_bool ? DType::kFloat32 : dtype_of(kOp, "attn_mask", mask)};
+}
+
+const void* head_values(const char* argument, const std::optional<at::Tensor>& maybe_values,
+                        const at::Tensor& q) {
+  if (!maybe_values) return nullptr;
+  check_shape(kOp, argument, *maybe_values, {sizes_of(q).heads});
+  check_compute_dtype(argument, *maybe_values, q);
+  FUSED_CHECK_VALUE(maybe_values->is_contiguous(), kOp, ": ", argument,
+                    " must be contiguous, got strides ", maybe_values->strides());
+  return maybe_values->const_data_ptr();
+}
 
 Sizes sizes_of(const at::Tensor& tensor) {
   if (tensor.dim() == 3) return {1, tensor.size(1), tensor.size(0), tensor.size(2)};
@@ -239,7 +238,8 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   check_supported(kOp, attention_unsupported(problem));
 }
 
-Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v) {
+Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v,
+                     bool may_split) {
   Results results;
   results.out = empty_heads(q, head_dim_v);
   results.lse = at::empty(rows_shape(q), q.options().dtype(compute_dtype(q)));
@@ -248,7 +248,8 @@ Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_
   params.lse = results.lse.mutable_data_ptr();
   params.row_stats = results.row_stats.mutable_data_ptr();
   params.out_strides = head_strides(results.out);
-  if (const int64_t size = split_partials(params); size > 0 && runs_on_cuda(q)) {
+  const int64_t size = may_split ? split_partials(params) : 0;
+  if (size > 0 && runs_on_cuda(q)) {
     results.partials = at::empty({size}, results.lse.options());
     params.maybe_partials = results.partials.mutable_data_ptr();
   }

@@ -48,6 +48,13 @@ std::vector<int64_t> rows_shape(const at::Tensor& q, std::optional<int64_t> valu
 at::ScalarType compute_dtype(const at::Tensor& q);
 void check_compute_dtype(const char* argument, const at::Tensor& tensor, const at::Tensor& q);
 
+// A mask for a problem whose sizes are known.
+AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p);
+
+// A value for each head, or nullptr.
+const void* head_values(const char* argument, const std::optional<at::Tensor>& maybe_values,
+                        const at::Tensor& q);
+
 // q, k and v as the op takes them, before anything else is looked at.
 void check_operands(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, bool packed);
 
@@ -61,11 +68,13 @@ struct Cache {
 void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tensor& k,
                   const at::Tensor& v, const Options& options, const Cache* maybe_cache = nullptr);
 
-// What the forward pass writes, allocated and named in the params.
+// What the forward pass writes, allocated and named in the params. `may_split`: it may deal out the
+// work by keys, and is given room for that.
 struct Results {
   at::Tensor out, lse, row_stats, partials;
 };
-Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v);
+Results make_results(AttentionForwardParams& params, const at::Tensor& q, int64_t head_dim_v,
+                     bool may_split = true);
 
 }  // namespace attention_glue
 }  // namespace fused

@@ -27,6 +27,21 @@ FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
     double dropout_p, bool is_causal, std::optional<double> scale, double softcap,
     int64_t window_left, int64_t window_right);
 
+// attention_forward and, in the same pass, the tangents of its results for those of its inputs:
+// each like what it is the tangent of, or zero where there is none. Returns out, lse, row_stats,
+// out_tangent, laid out as out, and lse_tangent.
+FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_tangent(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
+    const std::optional<at::Tensor>& attn_mask, const std::optional<at::Tensor>& alibi_slopes,
+    const std::optional<at::Tensor>& sink, const std::optional<at::Tensor>& rng,
+    const std::optional<at::Tensor>& cu_seqlens_q, const std::optional<at::Tensor>& cu_seqlens_k,
+    double dropout_p, bool is_causal, std::optional<double> scale, double softcap,
+    int64_t window_left, int64_t window_right, const std::optional<at::Tensor>& q_tangent,
+    const std::optional<at::Tensor>& k_tangent, const std::optional<at::Tensor>& v_tangent,
+    const std::optional<at::Tensor>& attn_mask_tangent,
+    const std::optional<at::Tensor>& alibi_slopes_tangent,
+    const std::optional<at::Tensor>& sink_tangent);
+
 // Returns the gradients of q, k and v, each laid out as [B, length, heads, D], and of attn_mask,
 // alibi_slopes and sink. `needs` says which are wanted; the others come back without elements.
 FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>

@@ -122,11 +122,50 @@ FUSED_HOST_DEVICE void store_row_end(const AttentionForwardParams& params, int64
   static_cast<A*>(params.lse)[index] = end.lse;
 }
 
+// The sink's share of a row's weights.
+template <typename A>
+FUSED_HOST_DEVICE A sink_weight(A sink, const RowStats<A>& stats) {
+  return std::exp(sink - stats.max) * stats.inverse_sum;
+}
+
 // What one row gives to the gradient of its head's sink; nothing where it saw no key.
 template <typename A>
 FUSED_HOST_DEVICE A sink_gradient(A sink, const RowStats<A>& stats, A delta) {
-  if (stats.inverse_sum == 0) return A(0);
-  return -std::exp(sink - stats.max) * stats.inverse_sum * delta;
+  return stats.inverse_sum == 0 ? A(0) : -sink_weight(sink, stats) * delta;
+}
+
+// The weighted mean of the tangents of a row's scores so far, in two parts, of which `rest` is what
+// `mean` has no digits for. A row's sums for the tangent of its output count tangents from `mean`:
+// as far as they are alike they leave the output as it is, and would only cost digits.
+template <typename A>
+struct TangentMean {
+  A mean, rest;
+};
+
+// How far the mean moves for a tile of keys, given the tile's sum of weight * (tangent - mean) and
+// the row's sum of weights, with the tile.
+template <typename A>
+FUSED_HOST_DEVICE A mean_move(A mean, A of_tile, A sum) {
+  return sum == 0 ? A(0) : (mean + of_tile / sum) - mean;
+}
+
+// What is left then, given the row's sum of weights before the tile, and the tile's sum of weight *
+// (tangent - mean), counted from the new mean.
+template <typename A>
+FUSED_HOST_DEVICE A mean_rest(A rest, A move, A before, A of_tile, A sum) {
+  return sum == 0 ? A(0) : ((rest - move) * before + of_tile) / sum;
+}
+
+// The tangent of a row's log-sum-exp less `mean`, given the mean over all keys: the sink is not
+// among those.
+template <typename A>
+FUSED_HOST_DEVICE A beyond_mean(const AttentionTangentParams& params, int32_t head,
+                                const RowStats<A>& stats, const TangentMean<A>& of_keys) {
+  if (params.maybe_sink == nullptr || stats.inverse_sum == 0) return of_keys.rest;
+  const A* tangents = static_cast<const A*>(params.tangents.maybe_sink);
+  const A to_sink = (tangents != nullptr ? tangents[head] : A(0)) - of_keys.mean - of_keys.rest;
+  return of_keys.rest +
+         sink_weight(static_cast<const A*>(params.maybe_sink)[head], stats) * to_sink;
 }
 
 // What a row's distances are counted from for its slope's gradient, -sum_j distance * ds: a small

@@ -123,18 +123,13 @@ __device__ __forceinline__ void load_tile(A* tile, int pitch, const Matrix<T>& m
   }
 }
 
-// sums[r][c] = own[own_row + 4 * (t / 16) + r] . other[other_row + t % 16 + 16 * c].
+// sums[r][c] += own[own_row + 4 * (t / 16) + r] . other[other_row + t % 16 + 16 * c].
 template <typename T, typename A, template <typename> class Matrix>
-__device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const HeadMatrix<T>& own,
-                                              int32_t own_row, const Matrix<T>& other,
-                                              int32_t other_row,
-                                              A (&sums)[kRowsPerThread][kColumnsPerThread]) {
+__device__ __forceinline__ void add_pair_products(AttentionTiles<A>& tiles,
+                                                  const HeadMatrix<T>& own, int32_t own_row,
+                                                  const Matrix<T>& other, int32_t other_row,
+                                                  A (&sums)[kRowsPerThread][kColumnsPerThread]) {
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) sums[r][c] = 0;
-  }
   for (int32_t depth = 0; depth < own.columns; depth += kDepth) {
     __syncthreads();  // everyone is done with the tiles of the step before
     load_tile<kOwn, kDepth>(&tiles.own[0][0], kPitch, own, own_row, depth);
@@ -153,26 +148,48 @@ __device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const He
   }
 }
 
-// result[r][e] += sum_j weights[4 * (t / 16) + r][j] * values[value_row + j][column + 4p + e].
-// Stages the values itself: pair_products has passed a barrier since they were last read.
+// The same, not added to anything.
 template <typename T, typename A, template <typename> class Matrix>
-__device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const Matrix<T>& values,
-                                           int32_t value_row, int32_t column,
-                                           A (&result)[kRowsPerThread][kValuesPerThread]) {
+__device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const HeadMatrix<T>& own,
+                                              int32_t own_row, const Matrix<T>& other,
+                                              int32_t other_row,
+                                              A (&sums)[kRowsPerThread][kColumnsPerThread]) {
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) sums[r][c] = 0;
+  }
+  add_pair_products(tiles, own, own_row, other, other_row, sums);
+}
+
+// result[r][e] += sum_j weights[4 * (t / 16) + r][j] * tiles.values[j][4 * (t % 16) + e].
+template <typename A>
+__device__ __forceinline__ void accumulate_staged(const AttentionTiles<A>& tiles,
+                                                  const A (&weights)[kOwn][kPitch],
+                                                  A (&result)[kRowsPerThread][kValuesPerThread]) {
   const int thread_row = threadIdx.x / 16 * kRowsPerThread;
   const int thread_column = threadIdx.x % 16 * kValuesPerThread;
-  load_tile<kOther, kWidth>(&tiles.values[0][0], kWidth, values, value_row, column);
-  __syncthreads();  // also orders this warp's weights before their use
 #pragma unroll 4
   for (int j = 0; j < kOther; ++j) {
 #pragma unroll
     for (int r = 0; r < kRowsPerThread; ++r) {
 #pragma unroll
       for (int e = 0; e < kValuesPerThread; ++e) {
-        result[r][e] += tiles.weights[thread_row + r][j] * tiles.values[j][thread_column + e];
+        result[r][e] += weights[thread_row + r][j] * tiles.values[j][thread_column + e];
       }
     }
   }
+}
+
+// result[r][e] += sum_j tiles.weights[4 * (t / 16) + r][j] * values[value_row + j][column + 4p +
+// e]. Stages the values itself: pair_products has passed a barrier since they were last read.
+template <typename T, typename A, template <typename> class Matrix>
+__device__ __forceinline__ void accumulate(AttentionTiles<A>& tiles, const Matrix<T>& values,
+                                           int32_t value_row, int32_t column,
+                                           A (&result)[kRowsPerThread][kValuesPerThread]) {
+  load_tile<kOther, kWidth>(&tiles.values[0][0], kWidth, values, value_row, column);
+  __syncthreads();  // also orders this warp's weights before their use
+  accumulate_staged(tiles, tiles.weights, result);
 }
 
 // Writes the thread's part of the result to a sequence's `rows` by `columns`, rows scaled by

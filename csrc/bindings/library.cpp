@@ -18,6 +18,13 @@ TORCH_LIBRARY(fused, m) {
       "bool is_causal, float? scale, float softcap, SymInt window_left, SymInt window_right) -> "
       "(Tensor out, Tensor lse, Tensor row_stats)");
   m.def(
+      "attention_tangent(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, "
+      "Tensor? sink, Tensor? rng, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float dropout_p, "
+      "bool is_causal, float? scale, float softcap, SymInt window_left, SymInt window_right, "
+      "Tensor? q_tangent, Tensor? k_tangent, Tensor? v_tangent, Tensor? attn_mask_tangent, "
+      "Tensor? alibi_slopes_tangent, Tensor? sink_tangent) -> "
+      "(Tensor out, Tensor lse, Tensor row_stats, Tensor out_tangent, Tensor lse_tangent)");
+  m.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, "
       "Tensor out, Tensor row_stats, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? sink, "
       "Tensor? rng, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
@@ -90,6 +97,7 @@ namespace {
 // One list for both devices: the functions themselves look at the tensors' device.
 void implement(torch::Library& m) {
   m.impl("attention_forward", &fused::attention_forward);
+  m.impl("attention_tangent", &fused::attention_tangent);
   m.impl("attention_backward", &fused::attention_backward);
   m.impl("attention_with_kv_cache", &fused::attention_with_kv_cache);
   m.impl("lstm_cell_forward", &fused::lstm_cell_forward);

@@ -48,6 +48,7 @@ void bind(pybind11::module_& m, const char* name, Result (*function)(Args...)) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind(m, "attention_forward", &fused::attention_forward);
+  bind(m, "attention_tangent", &fused::attention_tangent);
   bind(m, "attention_backward", &fused::attention_backward);
   bind(m, "attention_with_kv_cache", &fused::attention_with_kv_cache);
   bind(m, "conv_forward", &fused::conv_forward);

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fused
 from fused.bench.case import Case, Runnable, Workbench, direction, forward_backward, forward_only
@@ -37,6 +38,7 @@ def attention_cases() -> Iterator[Case]:
         )
     for dtype in (F32, BF16):
         yield _attention(1, 1, dtype=dtype, mask="full", keys=2048, quick=dtype is F32)
+        yield _forward_mode(1, 1024, dtype=dtype, quick=dtype is F32)
     yield _module(8, 256, 512, backward=True)
     for interleaved, backward in itertools.product((False, True), (False, True)):
         yield _rotary(8, 256, interleaved=interleaved, backward=backward)
@@ -85,6 +87,36 @@ def _attention(
     scores = {"causal": length**2 / 2, "window": length * _WINDOW}.get(mask, length * seqlen_k)
     work = (7 if backward else 2) * 2 * batch * heads * scores * head_dim
     name = f"attention {shape} {mask} {direction(backward)}"
+    return Case("attention", name, dtype, build, work, "GFLOP/s", quick)
+
+
+def _forward_mode(batch: int, length: int, *, dtype: torch.dtype, quick: bool) -> Case:
+    """The output and its tangent, of inputs that all have one."""
+    heads, head_dim = 8, 64
+
+    def build(bench: Workbench) -> Runnable:
+        shape = (batch, heads, length, head_dim)
+        inputs, tangents = (tuple(bench.tensor(*shape) for _ in range(3)) for _ in range(2))
+        functions = F if bench.layers == "stock" else fused.functional
+
+        def push(*inputs_and_tangents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            primals, moves = inputs_and_tangents[:3], inputs_and_tangents[3:]
+            pushed = torch.func.jvp(functions.scaled_dot_product_attention, primals, moves)
+            return pushed[0], pushed[1]
+
+        run_push = bench.function(push)
+
+        def run() -> Sequence[torch.Tensor]:
+            # Of stock's kernels the only one that has a forward mode.
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                results: Sequence[torch.Tensor] = run_push(*inputs, *tangents)
+            return results
+
+        return run
+
+    # Of the scores one product and of their tangents two; of the output one, of its tangent two.
+    work = 6 * 2 * batch * heads * length**2 * head_dim
+    name = f"attention {batch}x{heads}x{length}x{head_dim} full fwd with tangent"
     return Case("attention", name, dtype, build, work, "GFLOP/s", quick)
 
 

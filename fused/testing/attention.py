@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused import reference
 from fused.functional import (
@@ -22,7 +25,7 @@ from fused.testing.tf32 import Tf32Products
 
 # By name: the kernels', the definition's and stock's.
 Results = dict[str, tuple[Tensor, Tensor, Tensor]]
-Run = Callable[[list[Tensor], dict, list[Tensor]], dict[str, Tensor]]
+Run = Callable[..., dict[str, Tensor]]
 _STOCK_OPTIONS = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 
 
@@ -46,6 +49,25 @@ def _run(
     return dict(zip(["out", "lse"], results)) | dict(zip(names, grads, strict=True))
 
 
+def run_tangents(
+    function: Callable, tensors: list[Tensor], options: dict, tangents: list[Tensor]
+) -> dict[str, Tensor]:
+    """Results, and their tangents for those of all that may have one."""
+    names = ("q", "k", "v") if "cu_seqlens_q" in options else ("query", "key", "value")
+    inputs: dict[str, Any] = dict(zip(names, tensors, strict=True)) | options
+    floating = [n for n, x in inputs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    with forward_ad.dual_level():
+        for name, tangent in zip(floating, tangents, strict=True):
+            inputs[name] = forward_ad.make_dual(inputs[name], tangent.to(inputs[name]))
+        results = function(**inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        duals = [forward_ad.unpack_dual(result) for result in results]
+    named: dict[str, Tensor] = {}
+    for name, (result, tangent) in zip(("out", "lse"), duals):
+        named |= {name: result, f"tangent of {name}": tangent}
+    return named
+
+
 def _cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[list[Tensor], dict]:
     def convert(x: Any) -> Any:
         return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
@@ -54,11 +76,11 @@ def _cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[lis
 
 
 def run_reference(
-    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+    tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
 ) -> dict[str, Tensor]:
     kept = {k: v for k, v in options.items() if k != "enable_gqa"}
     tensors, kept = _cast(tensors, kept, torch.float64)
-    return _run(_definition(options), tensors, kept, grads_out)
+    return run(_definition(options), tensors, kept, given)
 
 
 def _definition(options: dict) -> Callable:
@@ -67,7 +89,9 @@ def _definition(options: dict) -> Callable:
     return reference.scaled_dot_product_attention
 
 
-def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
+def run_stock(
+    tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
+) -> dict[str, Tensor]:
     """PyTorch's own operator in the tensors' dtype (float32 for float64).
 
     Where it lacks an option, refuses a mask of another dtype or gives NaN for it, the definition in
@@ -80,25 +104,28 @@ def run_stock(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> 
     if of_stock and (mask is None or (mask.dtype == torch.bool and not options["is_causal"])):
         if "cu_seqlens_q" in options:
             options = options | {"attend": F.scaled_dot_product_attention}
-            return _run(reference.varlen_attention, tensors, options, grads_out)
-        return _run(F.scaled_dot_product_attention, tensors, options, grads_out)
+            return run(reference.varlen_attention, tensors, options, given)
+        return run(F.scaled_dot_product_attention, tensors, options, given)
     kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
-    return _run(_definition(options), tensors, kept, grads_out)
+    return run(_definition(options), tensors, kept, given)
 
 
 def run_stock_in_tf32(
-    tensors: list[Tensor], options: dict, grads_out: list[Tensor]
+    tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
 ) -> dict[str, Tensor]:
     """The definition in float32, with the products that stock takes where tf32 is allowed."""
     kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": torch.float32}
     with Tf32Products():
-        return _run(_definition(options), tensors, kept, grads_out)
+        return run(_definition(options), tensors, kept, given)
 
 
-def run_fused(tensors: list[Tensor], options: dict, grads_out: list[Tensor]) -> dict[str, Tensor]:
+def run_fused(
+    tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
+) -> dict[str, Tensor]:
+    """All results for some gradients of them; or, with `run_tangents`, for tangents of inputs."""
     packed = "cu_seqlens_q" in options
     function = varlen_attention if packed else scaled_dot_product_attention
-    return _run(function, tensors, options, grads_out)
+    return run(function, tensors, options, given)
 
 
 def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
@@ -110,15 +137,30 @@ def draw_grads(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.randn(shape, generator=generator).to(q) for shape in shapes]
 
 
+def draw_tangents(tensors: list[Tensor], options: dict) -> list[Tensor]:
+    """Tangents of all inputs that may have one, in their order."""
+    generator = torch.Generator().manual_seed(2)
+    inputs = [*tensors, *(x for x in options.values() if isinstance(x, Tensor))]
+    floating = [x for x in inputs if x.is_floating_point()]
+    return [torch.randn(x.shape, generator=generator).to(x) for x in floating]
+
+
 def run_case(
-    case: AttentionCase, dtype: torch.dtype, device: torch.device, run_stock: Run = run_stock
+    case: AttentionCase,
+    dtype: torch.dtype,
+    device: torch.device,
+    run_stock: Run = run_stock,
+    forward_mode: bool = False,
 ) -> Results:
-    """Every result and gradient of a case."""
+    """Every result and gradient of a case, or tangent."""
     tensors, options = case.make(dtype, device)
-    grads_out = draw_grads(tensors)
-    expected = run_reference(tensors, options, grads_out)
-    stock = run_stock(tensors, options, grads_out)
-    actual = run_fused(tensors, options, grads_out)
+    given = draw_tangents(tensors, options) if forward_mode else draw_grads(tensors)
+    run = run_tangents if forward_mode else _run
+    expected = run_reference(tensors, options, given, run)
+    # Of PyTorch's own kernels none has a forward mode.
+    with sdpa_kernel(SDPBackend.MATH) if forward_mode else contextlib.nullcontext():
+        stock = run_stock(tensors, options, given, run)
+    actual = run_fused(tensors, options, given, run)
     assert actual.keys() == expected.keys() == stock.keys()
     if dtype != torch.float64:  # the definition in float16 has no float32
         actual = {name: result.to(stock[name].dtype) for name, result in actual.items()}
@@ -153,9 +195,11 @@ def run_cache_case(case: CacheCase, dtype: torch.dtype, device: torch.device) ->
     return results
 
 
-def assert_case(case: AttentionCase, dtype: torch.dtype, device: torch.device) -> None:
-    """Holds all results and gradients of a case to the definition."""
-    for name, results in run_case(case, dtype, device).items():
+def assert_case(
+    case: AttentionCase, dtype: torch.dtype, device: torch.device, forward_mode: bool = False
+) -> None:
+    """Holds all results and gradients of a case, or tangents, to the definition."""
+    for name, results in run_case(case, dtype, device, forward_mode=forward_mode).items():
         assert_as_accurate_as_stock(*results, name)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 FORWARD, BACKWARD = "csrc/attention/attention_forward.cu", "csrc/attention/attention_backward.cu"
-TILE = "csrc/attention/attention_tile.cuh"
+TILE, SOFTMAX = "csrc/attention/attention_tile.cuh", "csrc/attention/attention_softmax.cuh"
 CONV, CONV_WEIGHT = "csrc/conv/conv_forward.cu", "csrc/conv/conv_backward_weight.cu"
 ACTIVATION = "csrc/conv/conv_activation.cuh"
 TABLE = "csrc/optim/tensor_table.cuh"
@@ -29,9 +29,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
     ): TOO_LARGE,
     (
-        FORWARD,
+        SOFTMAX,
         "> to >=",
-        "new_max = running.max[r] > new_max ? running.max[r] : new_max;",
+        "new_max = old_max > new_max ? old_max : new_max;",
     ): EQUAL_MAXIMA,
     (
         WARP,
@@ -44,7 +44,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "row < sequence.seqlen_q && column < sequence.seqlen_k",
     ): "the row behind the last is computed from zeros and never stored",
     (
-        FORWARD,
+        SOFTMAX,
         "< to <=",
         "if (p.maybe_rng != nullptr && row < sequence.seqlen_q && column < sequence.seqlen_k) {",
     ): "the row behind the last is never stored",
