@@ -12,6 +12,7 @@ from test_optim_state import assert_equal, everything
 from torch import Tensor
 
 import fused
+from fused.testing import emulator
 from fused.testing.emulator import ORDERS, emulated_cuda
 
 COUNT = 160  # more than the arguments of any launch hold
@@ -70,8 +71,9 @@ def run(case: str, order: str | int, *, keeps: bool) -> tuple[list[Tensor], list
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_launch_whatever_the_number(case: str) -> None:
+def test_one_launch_whatever_the_number_in_the_emulator(case: str) -> None:
     expected, without = run(case, "forward", keeps=False)
+    launches = emulator.Launches()
     for order in ORDERS if case == "everything stored" else ORDERS[:1]:
         result, steps = run(case, order, keeps=True)
         assert_equal(result, expected)
@@ -84,9 +86,12 @@ def test_one_launch_whatever_the_number(case: str) -> None:
             assert [n == 1 for n in norms] == [False, False, True, False, False, True]
         if case == "counts on the device":
             assert steps[2]["adam_advance_kernel"] == 1
+    if case == "everything stored":
+        # A call that is repeated, as others are for it, finds its table written.
+        emulator.compared_in_every_order(launches)
 
 
-def test_counts_that_differ_do_without() -> None:
+def test_counts_that_differ_do_without_in_the_emulator() -> None:
     results = []
     for keeps in (True, False):
         params, optimizer = make("counts on the host")
@@ -106,7 +111,7 @@ def test_counts_that_differ_do_without() -> None:
     assert_equal(*results)
 
 
-def test_few_tensors_have_none() -> None:
+def test_few_tensors_have_none_in_the_emulator() -> None:
     params = [torch.ones(3).requires_grad_() for _ in range(40)]
     optimizer = fused.AdamW(params)
     for p in params:
@@ -117,7 +122,7 @@ def test_few_tensors_have_none() -> None:
         assert launched(launches.counts()) == {"optim_update_kernel": 3}
 
 
-def test_states_of_two_dtypes_leave_the_norm_its_order() -> None:
+def test_states_of_two_dtypes_leave_the_norm_its_order_in_the_emulator() -> None:
     """The same bits whether gradients are read from a table or not: here there are two tables."""
     norms: list[list[Tensor]] = []
     for keeps in (True, False):

@@ -147,6 +147,11 @@ def kernels_run_in_every_order() -> set[str]:
     return set(_calls_in_every_order)
 
 
+def compared_in_every_order(launches: Launches) -> None:
+    """For a test that itself ran what was launched in all of `ORDERS`, and compared the bits."""
+    _calls_in_every_order.update(launches.counts().keys())
+
+
 class _InEveryOrder:
     """Stands for the emulated module: repeats a call in another order, and compares."""
 

@@ -56,6 +56,7 @@ TESTS = {
         "tests/test_attention_cache.py",
         "tests/test_attention_random.py",
     ],
+    "csrc/attention/attention_tangent.cu": ["tests/test_attention_tangent.py"],
     "attention": [
         "tests/test_attention.py",
         "tests/test_attention_options.py",
@@ -73,6 +74,7 @@ TESTS = {
         "tests/test_optim_tensors.py",
         "tests/test_optim_stock.py",
     ],
+    "csrc/optim/*table.cu*": ["tests/test_optim_table.py", "tests/test_optim.py"],
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
     "common": ["tests/test_attention.py", "tests/test_optim.py"],
 }
