@@ -20,6 +20,7 @@ from fused._attention_composite import (
 from fused._attention_derivatives import transformed_attention
 from fused._attention_function import run_attention
 from fused._attention_packed import attend_jagged, is_packed
+from fused._attention_sharded import attend_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -158,6 +159,12 @@ def attend(
     """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
     if query.is_nested and not need_weights and is_packed(query, key, value, enable_gqa):
         return attend_jagged(query, key, value, options)
+    if _route.is_sharded(query):
+
+        def attend_part(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
+            return attend(q, k, v, options, enable_gqa, need_lse, need_weights)
+
+        return attend_sharded(attend_part, query, key, value, options)
     query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3], forward_mode=True)
     unsupported = _unsupported(query, key, value, options.attn_mask, enable_gqa)

@@ -24,9 +24,9 @@ def run_attention(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[B, H, S, D] in, or packed [S, H, D], by the kernels: out, log-sum-exp, weights if asked for.
 
-    The random numbers of dropout are drawn here.
+    The random numbers of dropout are drawn here, unless they are given.
     """
-    if options.dropout_p > 0:
+    if options.dropout_p > 0 and options.rng is None:
         options = options._replace(rng=draw_rng(q.device))
     mask, slopes, sink = options[:3]
     if _route.is_forward_mode(q, k, v, mask, slopes, sink):

@@ -14,9 +14,10 @@ There are three ways, and every op takes one of them through this module:
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from torch.autograd import forward_ad
 from fused import _load
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
     from typing_extensions import TypeVarTuple, Unpack
 
     _Tensors = TypeVarTuple("_Tensors")
@@ -115,6 +117,14 @@ def is_forward_mode(*tensors: Tensor | None) -> bool:
     if has_subclass(*parts) or _is_batched(*parts):
         return False
     return bool(kinds) or not needs_grad(*parts)
+
+
+def is_sharded(value: object) -> TypeGuard[DTensor]:
+    """Whether this is a DTensor. Does not import its package, which takes a while."""
+    if type(value) in _PLAIN_TYPES:  # all that torch.compile need look at
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
 
 
 def has_subclass(*tensors: Tensor | None) -> bool:

@@ -118,8 +118,8 @@ def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
 def _scale(tensors: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:
     sharded = []
     if _sharded.any_sharded(tensors):
-        sharded = [t for t in tensors if _sharded.is_sharded(t)]
-        tensors = [t.to_local() if _sharded.is_sharded(t) else t for t in tensors]
+        sharded = [t for t in tensors if _route.is_sharded(t)]
+        tensors = [t.to_local() if _route.is_sharded(t) else t for t in tensors]
     if _route.is_traced(*tensors):
         torch.ops.fused.clip_by_norm_(tensors, norm, max_norm)
     else:
@@ -141,5 +141,5 @@ def _refuse_nonfinite(norm: Tensor, norm_type: float) -> None:
 def _as_stock_returns_it(norm: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     dtype = functools.reduce(torch.promote_types, {t.dtype for t in tensors})
     norm = norm.to(dtype)
-    whole = next(filter(_sharded.is_sharded, tensors), None)
+    whole = next(filter(_route.is_sharded, tensors), None)
     return norm if whole is None else _sharded.replicated(norm, whole)

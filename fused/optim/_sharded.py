@@ -11,12 +11,13 @@ import contextlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fused._route import is_sharded
 from fused.optim._options import StepOptions
 
 if TYPE_CHECKING:
@@ -29,15 +30,8 @@ Entry = dict[str, Any]  # the state of one parameter
 _STEP = "step"
 
 
-def is_sharded(value: object) -> TypeGuard[DTensor]:
-    """Whether this is a DTensor. Does not import its package, which takes a while."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
 def any_sharded(tensors: Iterable[Tensor]) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in tensors)
+    return any(map(is_sharded, tensors))
 
 
 @contextlib.contextmanager
