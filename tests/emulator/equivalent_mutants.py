@@ -88,4 +88,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "+ to -",
         "if (tile + Tile::kStages - 1 < num_tiles) begin_copies(tile + Tile::kStages - 1);",
     ): "tiles behind the last are copied too, zeros beyond the keys, and nobody reads them",
+    (
+        "csrc/optim/device_table.cu",
+        "> to >=",
+        "return one_place && "
+        "c.num_tensors > make_table(c, c.tensors, c.num_tensors, place).capacity;",
+    ): "as many tensors as fit the arguments take one launch either way",
 }
