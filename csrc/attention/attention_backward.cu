@@ -61,7 +61,6 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   const int32_t head_kv = kOwnsQueries ? place.head / group : place.head;
   const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
   const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
-  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
   const Band band = visible_band(p, sequence);
   A result[kRowsPerThread][kValuesPerThread] = {};
@@ -88,19 +87,14 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
           pair_products(tiles, v, place.own_row, grad_out, other_row, dots);
         }
       }
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-        for (int c = 0; c < kColumnsPerThread; ++c) {
-          const int32_t own = place.own_row + thread_row + r;
-          const int32_t other = other_row + thread_column + 16 * c;
-          const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
-          const ScoreWeight<A> weight =
-              score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c]);
-          tiles.weights[thread_row + r][thread_column + 16 * c] =
-              kGradient == Gradient::kValue ? weight.kept : weight.gradient * weight.slope;
-        }
-      }
+      for_each_score([&](int r, int c, int i, int j) {
+        const int32_t own = place.own_row + i, other = other_row + j;
+        const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
+        const ScoreWeight<A> weight =
+            score_weight(p, sequence, band, head, row, column, scores[r][c], dots[r][c]);
+        tiles.weights[i][j] =
+            kGradient == Gradient::kValue ? weight.kept : weight.gradient * weight.slope;
+      });
       const auto& values = kGradient == Gradient::kQuery ? k
                            : kGradient == Gradient::kKey ? q
                                                          : grad_out;

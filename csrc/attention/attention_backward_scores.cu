@@ -91,7 +91,7 @@ struct DistanceSums {
 };
 
 // A row's -sum_j distance * ds. An error in its delta is in every ds, p times as large; so it is in
-// their sum, which without one is grad_lse, and what a sink has of delta.
+// their sum, which with the sink's own ds should be grad_lse.
 template <typename A>
 __device__ __forceinline__ A alibi_of_row(const AttentionBackwardParams& p, int32_t head,
                                           int64_t index, const DistanceSums<A>& sums) {
@@ -164,7 +164,6 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   }
 
   const int32_t first_row = shares.row_tiles.begin * kOwn;
-  A* const data = static_cast<A*>(gradient.data);
   if (kByDistance) {
     const Sequence sequence = sequence_of(p, shares.sequences.begin);
 #pragma unroll
@@ -175,20 +174,15 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
       const int32_t row = first_row + thread_row + r;
       if (thread_column != 0 || row >= sequence.seqlen_q) continue;
       const int64_t index = row_of_all(p, sequence, shares.heads.begin, row);
-      data[index] = alibi_of_row(p, shares.heads.begin, index, row_sums);
+      static_cast<A*>(p.maybe_row_alibi)[index] =
+          alibi_of_row(p, shares.heads.begin, index, row_sums);
     }
     return;
   }
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) {
-      tiles.weights[thread_row + r][thread_column + 16 * c] = sums[r][c];
-    }
-  }
+  for_each_score([&](int r, int c, int i, int j) { tiles.weights[i][j] = sums[r][c]; });
   __syncthreads();
   const int32_t first_key = shares.key_tiles.begin * kOther;
-  A* target = data + shares.sequences.begin * gradient.batch_stride +
+  A* target = static_cast<A*>(gradient.data) + shares.sequences.begin * gradient.batch_stride +
               shares.heads.begin * gradient.head_stride + first_row * gradient.row_stride +
               first_key * gradient.column_stride;
   store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
@@ -254,7 +248,7 @@ Status launch_all_scores(const AttentionBackwardParams& p, Stream stream) {
     status = launch_scores<T, false>(p, p.maybe_grad_mask, stream);
   }
   if (status == nullptr && p.maybe_row_alibi != nullptr) {
-    status = launch_scores<T, true>(p, {p.maybe_row_alibi, 0, 0, 1, 0}, stream);
+    status = launch_scores<T, true>(p, {}, stream);
   }
   if (status != nullptr) return status;
   if (p.maybe_grad_alibi_slopes == nullptr && p.maybe_grad_sink == nullptr) return nullptr;

@@ -25,7 +25,6 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) >= (kPaged ? 4 : 
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
   const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, head_kv, p.head_dim);
   const auto v = cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
-  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
 
   A result[kRowsPerThread][kValuesPerThread] = {};
   RunningSoftmax<A> running;
@@ -37,18 +36,13 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) >= (kPaged ? 4 : 
     // Scores, into shared memory.
     A scores[kRowsPerThread][kColumnsPerThread];
     pair_products(tiles, q, place.own_row, k, key_row, scores);
-#pragma unroll
-    for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-      for (int c = 0; c < kColumnsPerThread; ++c) {
-        const int32_t row = place.own_row + thread_row + r;
-        const int32_t column = key_row + thread_column + 16 * c;
-        tiles.weights[thread_row + r][thread_column + 16 * c] =
-            row < sequence.seqlen_q && column < sequence.seqlen_k
-                ? final_score(p, sequence, band, place.head, row, column, scores[r][c]).value
-                : kHiddenScore<A>;
-      }
-    }
+    for_each_score([&](int r, int c, int i, int j) {
+      const int32_t row = place.own_row + i, column = key_row + j;
+      tiles.weights[i][j] =
+          row < sequence.seqlen_q && column < sequence.seqlen_k
+              ? final_score(p, sequence, band, place.head, row, column, scores[r][c]).value
+              : kHiddenScore<A>;
+    });
 
     // Weights, and what they do to the result so far.
     A rescale[kRowsPerThread];

@@ -16,6 +16,14 @@ struct RunningSoftmax {
   A sum[kRowsPerWarp] = {};  // of exp(score - max), the same in all lanes
 };
 
+// Keeps the value of the warp's row r, which all lanes have, if the thread's result has that row.
+template <typename A>
+__device__ __forceinline__ void keep_result_row(int lane, int r, A value,
+                                                A (&of_result)[kRowsPerThread]) {
+  const int first_row = lane / 16 * kRowsPerThread;
+  if (r >= first_row && r < first_row + kRowsPerThread) of_result[r % kRowsPerThread] = value;
+}
+
 // Turns the scores in tiles.weights into exp(score - max) (with dropout applied) and returns in
 // `rescale` what each of the thread's result rows is to be multiplied by. `take` hears of each of
 // the warp's rows, whose sum has grown already, by how much, the lane's weight without dropout, and
@@ -26,7 +34,6 @@ __device__ __forceinline__ void softmax_step(const AttentionProblem& p, const Bl
                                              RunningSoftmax<A>& running,
                                              A (&rescale)[kRowsPerThread], Take take) {
   const int warp_row = threadIdx.x / kWarpSize * kRowsPerWarp, lane = threadIdx.x % kWarpSize;
-  const int first_result_row = threadIdx.x % kWarpSize / 16 * kRowsPerThread;
   const Sequence& sequence = place.sequence;
   __syncwarp();  // the scores come from all lanes
 #pragma unroll
@@ -43,9 +50,7 @@ __device__ __forceinline__ void softmax_step(const AttentionProblem& p, const Bl
     A kept = weight;
     running.sum[r] = running.sum[r] * factor + of_tile;
     if (lane == r) running.max = new_max;
-    if (r >= first_result_row && r < first_result_row + kRowsPerThread) {
-      rescale[r % kRowsPerThread] = factor;
-    }
+    keep_result_row(lane, r, factor, rescale);
     const int32_t row = place.own_row + warp_row + r, column = key_row + lane;
     if (p.maybe_rng != nullptr && row < sequence.seqlen_q && column < sequence.seqlen_k) {
       kept *= dropout_scale<A>(p, sequence, place.head, row, column);
@@ -63,14 +68,11 @@ __device__ __forceinline__ void end_rows(const AttentionForwardParams& p, const 
                                          const RunningSoftmax<A>& running,
                                          A (&row_scale)[kRowsPerThread], Take take) {
   const int warp_row = threadIdx.x / kWarpSize * kRowsPerWarp, lane = threadIdx.x % kWarpSize;
-  const int first_result_row = lane / 16 * kRowsPerThread;
 #pragma unroll
   for (int r = 0; r < kRowsPerWarp; ++r) {
     const RowEnd<A> end =
         end_row(p, place.head, __shfl_sync(kFullWarp, running.max, r), running.sum[r]);
-    if (r >= first_result_row && r < first_result_row + kRowsPerThread) {
-      row_scale[r % kRowsPerThread] = end.scale;
-    }
+    keep_result_row(lane, r, end.scale, row_scale);
     const int32_t row = place.own_row + warp_row + r;
     const bool writes = lane == 0 && place.column == 0 && row < place.sequence.seqlen_q;
     const int64_t index = row_of_all(p, place.sequence, place.head, row);

@@ -30,7 +30,6 @@ __device__ __forceinline__ void make_scores(const AttentionTangentParams& p,
                                             const Operands<T>& operands,
                                             const Operands<T>& tangents, int32_t key_row,
                                             AttentionTiles<A>& tiles) {
-  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
   const Sequence& sequence = place.sequence;
   A scores[kRowsPerThread][kColumnsPerThread], of_scores[kRowsPerThread][kColumnsPerThread] = {};
   pair_products(tiles, operands.q, place.own_row, operands.k, key_row, scores);
@@ -41,26 +40,21 @@ __device__ __forceinline__ void make_scores(const AttentionTangentParams& p,
     add_pair_products(tiles, operands.q, place.own_row, tangents.k, key_row, of_scores);
   }
   __syncwarp();  // all of the warp are done with its rows of tiles.own
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) {
-      const int32_t row = place.own_row + thread_row + r;
-      const int32_t column = key_row + thread_column + 16 * c;
-      Score<A> score{kHiddenScore<A>, A(0)};
-      if (row < sequence.seqlen_q && column < sequence.seqlen_k) {
-        score = final_score(p, sequence, band, place.head, row, column, scores[r][c]);
-      }
-      A tangent = 0;
-      if (score.value != kHiddenScore<A>) {
-        tangent = final_score(p.tangents, sequence, band, place.head, row, column,
-                              score.slope * of_scores[r][c])
-                      .value;
-      }
-      tiles.weights[thread_row + r][thread_column + 16 * c] = score.value;
-      tiles.own[thread_row + r][thread_column + 16 * c] = tangent;
+  for_each_score([&](int r, int c, int i, int j) {
+    const int32_t row = place.own_row + i, column = key_row + j;
+    Score<A> score{kHiddenScore<A>, A(0)};
+    if (row < sequence.seqlen_q && column < sequence.seqlen_k) {
+      score = final_score(p, sequence, band, place.head, row, column, scores[r][c]);
     }
-  }
+    A tangent = 0;
+    if (score.value != kHiddenScore<A>) {
+      tangent = final_score(p.tangents, sequence, band, place.head, row, column,
+                            score.slope * of_scores[r][c])
+                    .value;
+    }
+    tiles.weights[i][j] = score.value;
+    tiles.own[i][j] = tangent;
+  });
 }
 
 template <typename T>
@@ -73,7 +67,6 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 2 ? 2 : 1)
   if (place.own_row >= sequence.seqlen_q) return;
   const Operands<T> operands(p, place), tangents(p.tangents, place);
   const int warp_row = threadIdx.x / kWarpSize * kRowsPerWarp, lane = threadIdx.x % kWarpSize;
-  const int first_result_row = lane / 16 * kRowsPerThread;
 
   A out[kRowsPerThread][kValuesPerThread] = {}, out_tangent[kRowsPerThread][kValuesPerThread] = {};
   RunningSoftmax<A> running;
@@ -97,9 +90,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 2 ? 2 : 1)
                      const A before = sum - weights_of_tile;
                      mean = {old_mean + move, mean_rest(mean.rest, move, before, of_tile, sum)};
                    }
-                   if (r >= first_result_row && r < first_result_row + kRowsPerThread) {
-                     moved[r % kRowsPerThread] = move;
-                   }
+                   keep_result_row(lane, r, move, moved);
                    tangent = kept * counted;
                  });
 #pragma unroll
@@ -124,9 +115,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(T) == 2 ? 2 : 1)
              const TangentMean<A> of_keys{__shfl_sync(kFullWarp, mean.mean, r),
                                           __shfl_sync(kFullWarp, mean.rest, r)};
              const A of_row = beyond_mean(p, place.head, end.stats, of_keys);
-             if (r >= first_result_row && r < first_result_row + kRowsPerThread) {
-               beyond[r % kRowsPerThread] = of_row;
-             }
+             keep_result_row(lane, r, of_row, beyond);
              if (writes) static_cast<A*>(p.lse_tangent)[index] = of_keys.mean + of_row;
            });
 #pragma unroll

@@ -123,13 +123,23 @@ __device__ __forceinline__ void load_tile(A* tile, int pitch, const Matrix<T>& m
   }
 }
 
+// Calls visit(r, c, i, j) for each of the thread's scores: [r][c] of its own, [i][j] of the tile.
+template <typename Visit>
+__device__ __forceinline__ void for_each_score(Visit visit) {
+  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
+#pragma unroll
+  for (int r = 0; r < kRowsPerThread; ++r) {
+#pragma unroll
+    for (int c = 0; c < kColumnsPerThread; ++c) visit(r, c, thread_row + r, thread_column + 16 * c);
+  }
+}
+
 // sums[r][c] += own[own_row + 4 * (t / 16) + r] . other[other_row + t % 16 + 16 * c].
 template <typename T, typename A, template <typename> class Matrix>
 __device__ __forceinline__ void add_pair_products(AttentionTiles<A>& tiles,
                                                   const HeadMatrix<T>& own, int32_t own_row,
                                                   const Matrix<T>& other, int32_t other_row,
                                                   A (&sums)[kRowsPerThread][kColumnsPerThread]) {
-  const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
   for (int32_t depth = 0; depth < own.columns; depth += kDepth) {
     __syncthreads();  // everyone is done with the tiles of the step before
     load_tile<kOwn, kDepth>(&tiles.own[0][0], kPitch, own, own_row, depth);
@@ -137,13 +147,8 @@ __device__ __forceinline__ void add_pair_products(AttentionTiles<A>& tiles,
     __syncthreads();
 #pragma unroll 8
     for (int d = 0; d < kDepth; ++d) {
-#pragma unroll
-      for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-        for (int c = 0; c < kColumnsPerThread; ++c) {
-          sums[r][c] += tiles.own[thread_row + r][d] * tiles.other[thread_column + 16 * c][d];
-        }
-      }
+      for_each_score(
+          [&](int r, int c, int i, int j) { sums[r][c] += tiles.own[i][d] * tiles.other[j][d]; });
     }
   }
 }
@@ -154,11 +159,7 @@ __device__ __forceinline__ void pair_products(AttentionTiles<A>& tiles, const He
                                               int32_t own_row, const Matrix<T>& other,
                                               int32_t other_row,
                                               A (&sums)[kRowsPerThread][kColumnsPerThread]) {
-#pragma unroll
-  for (int r = 0; r < kRowsPerThread; ++r) {
-#pragma unroll
-    for (int c = 0; c < kColumnsPerThread; ++c) sums[r][c] = 0;
-  }
+  for_each_score([&](int r, int c, int, int) { sums[r][c] = 0; });
   add_pair_products(tiles, own, own_row, other, other_row, sums);
 }
 
