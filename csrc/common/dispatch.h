@@ -12,17 +12,16 @@
 
 #if defined(FUSED_EMULATED)
 
-#define FUSED_DISPATCH(tensor, launcher, params) launcher##_cuda(params, nullptr)
+#define FUSED_DISPATCH(tensor, launcher, params) \
+  launcher##_cuda(params, fused::current_stream((tensor).device()))
 
 #elif defined(FUSED_WITH_CUDA)
 
 #include <c10/cuda/CUDAStream.h>
 
-#define FUSED_DISPATCH(tensor, launcher, params)                                              \
-  ((tensor).is_cuda()                                                                         \
-       ? launcher##_cuda(params,                                                              \
-                         c10::cuda::getCurrentCUDAStream((tensor).device().index()).stream()) \
-       : launcher##_cpu(params))
+#define FUSED_DISPATCH(tensor, launcher, params)                                          \
+  ((tensor).is_cuda() ? launcher##_cuda(params, fused::current_stream((tensor).device())) \
+                      : launcher##_cpu(params))
 
 #else
 
@@ -31,6 +30,15 @@
 #endif
 
 namespace fused {
+
+// The stream that a device's launches go to.
+#if defined(FUSED_EMULATED)
+inline Stream current_stream(c10::Device) { return nullptr; }
+#elif defined(FUSED_WITH_CUDA)
+inline Stream current_stream(c10::Device device) {
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+}
+#endif
 
 // Whether FUSED_DISPATCH picks the CUDA launcher.
 inline bool runs_on_cuda(const at::Tensor& tensor) {

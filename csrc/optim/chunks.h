@@ -18,4 +18,11 @@ FUSED_HOST_DEVICE int64_t num_chunks(int64_t numel) {
   return (numel + kOptimChunk - 1) / kOptimChunk;
 }
 
+template <typename Tensor>
+int64_t num_chunks(const Tensor* tensors, int64_t num_tensors) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < num_tensors; ++i) count += num_chunks(tensors[i].numel);
+  return count;
+}
+
 }  // namespace fused

@@ -34,8 +34,9 @@ bool device_table_pays(const OptimCommon& c) {
   return one_place && c.num_tensors > make_table(c, c.tensors, c.num_tensors, place).capacity;
 }
 
-size_t device_table_bytes(int64_t num_tensors, int64_t num_chunks) {
-  return kColumns * num_tensors * sizeof(void*) + num_chunks * sizeof(int32_t);
+int64_t device_table_bytes(const OptimCommon& c) {
+  const int64_t words = kColumns * c.num_tensors, chunks = num_chunks(c.tensors, c.num_tensors);
+  return words * int64_t{sizeof(void*)} + chunks * int64_t{sizeof(int32_t)};
 }
 
 Status write_device_table_cuda(const OptimCommon& c, void* memory, DeviceTable& table,
@@ -43,8 +44,7 @@ Status write_device_table_cuda(const OptimCommon& c, void* memory, DeviceTable& 
   table.words = static_cast<void**>(memory);
   table.chunk_tensors = reinterpret_cast<int32_t*>(table.words + kColumns * c.num_tensors);
   table.num_tensors = c.num_tensors;
-  table.num_chunks = 0;
-  for (int64_t i = 0; i < c.num_tensors; ++i) table.num_chunks += num_chunks(c.tensors[i].numel);
+  table.num_chunks = num_chunks(c.tensors, c.num_tensors);
   bool all[kOptimColumns];
   std::fill(all, all + kOptimColumns, true);
   OptimTable piece(all);

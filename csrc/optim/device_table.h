@@ -2,7 +2,6 @@
 // No torch in here.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
 #include "common/status.h"
@@ -21,7 +20,7 @@ struct DeviceTable {
 // Whether one launch that reads such a table takes the place of several that carry theirs.
 bool device_table_pays(const OptimCommon& common);
 
-size_t device_table_bytes(int64_t num_tensors, int64_t num_chunks);
+int64_t device_table_bytes(const OptimCommon& common);
 
 // How such a table lies in `memory`, and its contents, which small launches carry: nothing is
 // copied from host memory that would have to stay as it is.

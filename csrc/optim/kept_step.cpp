@@ -8,6 +8,7 @@
 #include "common/checks.h"
 
 namespace fused {
+
 void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> batches,
                         const StepOptions& options) {
   forget();

@@ -5,7 +5,6 @@
 #include <optional>
 
 #include "common/dispatch.h"
-#include "optim/chunks.h"
 
 #if defined(FUSED_WITH_CUDA)
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -30,17 +29,6 @@ std::optional<int64_t> table_stream([[maybe_unused]] at::Device device) {
 #endif
 }
 
-Status write_device_table(const TensorKind& kind, const OptimCommon& common, void* memory,
-                          DeviceTable& table) {
-#if defined(FUSED_EMULATED)
-  (void)kind;
-  return write_device_table_cuda(common, memory, table, nullptr);
-#else
-  return write_device_table_cuda(common, memory, table,
-                                 c10::cuda::getCurrentCUDAStream(kind.device().index()).stream());
-#endif
-}
-
 }  // namespace
 
 void KeptTable::make(const TensorKind& kind, const OptimCommon& common) {
@@ -48,11 +36,10 @@ void KeptTable::make(const TensorKind& kind, const OptimCommon& common) {
   if (!stream || (table_.words != nullptr && stream_ == *stream)) return;
   forget();
   if (!device_table_pays(common)) return;
-  int64_t chunks = 0;
-  for (int64_t i = 0; i < common.num_tensors; ++i) chunks += num_chunks(common.tensors[i].numel);
-  const auto bytes = static_cast<int64_t>(device_table_bytes(common.num_tensors, chunks));
-  memory_ = at::empty({bytes}, at::TensorOptions().dtype(at::kByte).device(kind.device()));
-  check_status("optimizer", write_device_table(kind, common, memory_.data_ptr(), table_));
+  const auto options = at::TensorOptions().dtype(at::kByte).device(kind.device());
+  memory_ = at::empty({device_table_bytes(common)}, options);
+  check_status("optimizer", write_device_table_cuda(common, memory_.data_ptr(), table_,
+                                                    current_stream(kind.device())));
   stream_ = *stream;
 }
 

@@ -29,8 +29,11 @@ void check_norm_scalar(const char* op, const char* argument, const at::Tensor& t
 }
 
 int64_t count_chunks(const NormBatch& batch) {
+  if (!batch.is_in_tables()) {
+    return num_chunks(batch.tensors.data(), static_cast<int64_t>(batch.tensors.size()));
+  }
   int64_t count = 0;
-  for (const NormTensor& tensor : batch.tensors) count += num_chunks(tensor.numel);
+  for (const DeviceTable& table : batch.tables) count += table.num_chunks;
   return count;
 }
 
@@ -46,15 +49,15 @@ at::Tensor norm_on(at::Device device, const NormBatches& batches,
   const auto options = at::TensorOptions().dtype(at::kDouble).device(device);
   const at::Tensor partials = at::empty({sum.num_partials}, options);
   const at::Tensor norm = at::empty({}, options);
-  int64_t offset = 0;
+  double* next_partials = partials.data_ptr<double>();
   for (const auto& batch : batches) {
     if (batch.kind.device() != device) continue;
     NormPartialsParams p{};
     p.dtype = dtype_of(kOp, "tensors", batch.kind.scalar_type());
-    p.partials = partials.data_ptr<double>() + offset;
     const auto start = [&](int64_t num_chunks) {
+      p.partials = next_partials;
       check_status(kOp, FUSED_DISPATCH(batch.kind, norm_partials, p));
-      p.partials += num_chunks;
+      next_partials += num_chunks;
     };
     if (batch.is_in_tables()) {
       for (const DeviceTable& table : batch.tables) {
@@ -64,9 +67,8 @@ at::Tensor norm_on(at::Device device, const NormBatches& batches,
     } else {
       p.tensors = batch.tensors.data();
       p.num_tensors = static_cast<int64_t>(batch.tensors.size());
-      start(0);
+      start(count_chunks(batch));
     }
-    offset += count_chunks(batch);
   }
   at::Tensor scale;
   if (grad_scale) {
