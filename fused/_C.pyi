@@ -15,7 +15,7 @@ class StepPlan:
 
 def adam_group(
     kept: KeptGroups,
-    params: list,
+    params: object,
     state: dict,
     lr: object,
     beta1: object,
@@ -212,7 +212,7 @@ def rotary(
 ) -> tuple[Tensor, Tensor]: ...
 def sgd_group(
     kept: KeptGroups,
-    params: list,
+    params: object,
     state: dict,
     lr: object,
     weight_decay: float,

@@ -190,3 +190,25 @@ def test_groups_that_overlap_are_stepped_in_order(cls: type, backend: torch.devi
                 optimizer.step()
         results.append(memory)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("sequence", [tuple, lambda params: dict.fromkeys(params).keys()])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_parameters_in_another_sequence(
+    cls: type, sequence: Any, max_norm: float | None, backend: torch.device
+) -> None:
+    results = []
+    for make in (list, sequence):
+        torch.manual_seed(0)
+        params = [leaf(torch.randn(5, device=backend)) for _ in range(2)]
+        optimizer = cls(params, **OPTIONS[cls], max_norm=max_norm)
+        optimizer.param_groups[0]["params"] = make(params)
+        for step in range(4):
+            set_gradients(params, step)
+            optimizer.step()
+        results.append(params)
+        kept = optimizer._kept[1].num_gatherings
+        optimizer.step()
+        assert optimizer._kept[1].num_gatherings == kept
+    assert all(map(torch.equal, *results))

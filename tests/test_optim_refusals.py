@@ -83,6 +83,41 @@ def test_a_step_that_fails_changes_nothing(
     assert_unchanged(before, snapshot(params, optimizer))
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("intruder", [None, "weight"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_is_no_tensor_among_the_parameters(
+    cls: type, intruder: object, max_norm: float | None, backend: torch.device
+) -> None:
+    params = [leaf(torch.randn(5, device=backend)) for _ in range(2)]
+    optimizer = cls(list(params), **OPTIONS[cls], max_norm=max_norm)
+    for step in range(2):
+        set_gradients(params, step)
+        optimizer.step()
+    before = [p.detach().clone() for p in params]
+    optimizer.param_groups[0]["params"].append(intruder)
+    kind = type(intruder).__name__
+    with pytest.raises(TypeError, match=f"params must hold tensors, got {kind}"):
+        optimizer.step()
+    assert all(map(torch.equal, before, params))
+
+
+@pytest.mark.parametrize("entry", [None, [1.0]])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_state_that_is_no_dict(cls: type, entry: object, backend: torch.device) -> None:
+    param = leaf(torch.ones(3, device=backend))
+    optimizer = cls([param], **OPTIONS[cls])
+    for step in range(2):
+        set_gradients([param], step)
+        optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param] = entry
+    kind = type(entry).__name__
+    with pytest.raises(TypeError, match=f"state must hold a dict for each parameter, got {kind}"):
+        optimizer.step()
+    assert torch.equal(param, before)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_first_step_that_fails_makes_no_state(cls: type, backend: torch.device) -> None:
     params = [leaf(torch.randn(5, device=backend)) for _ in range(3)]

@@ -17,9 +17,18 @@ namespace fused::optim_bindings {
 
 namespace py = pybind11;
 
+// One of a group's parameters, which users edit between steps: not assumed to be a tensor.
+inline const at::Tensor& parameter(const py::handle& object) {
+  if (!THPVariable_Check(object.ptr())) {
+    throw py::type_error("optimizer: params must hold tensors, got " +
+                         std::string(Py_TYPE(object.ptr())->tp_name));
+  }
+  return THPVariable_Unpack(object.ptr());
+}
+
 // The gradient of a leaf: Tensor::grad() asks first whether it is one, to warn.
-inline const at::Tensor& gradient_of(PyObject* param) {
-  return THPVariable_Unpack(param).unsafeGetTensorImpl()->grad();
+inline const at::Tensor& gradient_of(const at::Tensor& param) {
+  return param.unsafeGetTensorImpl()->grad();
 }
 
 // Looks up keys that are mostly asked for in the dict's own order: the next one is looked at before
@@ -151,8 +160,8 @@ struct Gathered {
     reserve(params.size(), names, common);
     DictWalker entries(state.ptr());
     for (const py::handle& object : params) {
-      const at::Tensor& param = THPVariable_Unpack(object.ptr());
-      const at::Tensor& grad = gradient_of(object.ptr());
+      const at::Tensor& param = parameter(object);
+      const at::Tensor& grad = gradient_of(param);
       if (!grad.defined()) continue;
       refusal = fused::optim_bindings::refusal(param);
       if (refusal == nullptr) refusal = fused::optim_bindings::refusal(grad);
@@ -182,6 +191,10 @@ struct Gathered {
     if (needs_no_state(param, names, common)) {
       if (common.master_name) tensors.masters.emplace_back();
       return nullptr;
+    }
+    if (entry != nullptr && !PyDict_Check(entry)) {
+      throw py::type_error("optimizer: state must hold a dict for each parameter, got " +
+                           std::string(Py_TYPE(entry)->tp_name));
     }
     if (entry == nullptr || PyDict_GET_SIZE(entry) == 0 || begins(entry, names)) {
       initialised = false;
@@ -224,13 +237,13 @@ inline bool is_as_kept(KeptStep& kept, const py::list& params, const py::dict& s
   kept.begin_walk();
   DictWalker entries(state.ptr());
   for (const py::handle& object : params) {
-    const at::Tensor& param = THPVariable_Unpack(object.ptr());
-    const at::Tensor& grad = gradient_of(object.ptr());
+    const at::Tensor& param = parameter(object);
+    const at::Tensor& grad = gradient_of(param);
     if (!grad.defined()) continue;
     if (!kept.next_is(param) || !kept.next_is(grad)) return false;
     if (needs_no_state(param, names, common)) continue;
     PyObject* entry = entries.find(object.ptr());
-    if (entry == nullptr) return false;
+    if (entry == nullptr || !PyDict_Check(entry)) return false;
     DictWalker values(entry);
     const at::Tensor* found = nullptr;
     const auto next_is = [&](PyObject* name) {
@@ -255,7 +268,7 @@ inline bool add_kept_gradients(const KeptStep& kept, const py::list& params, Nor
                                TensorVector* maybe_hold) {
   KeptStep::GradientWalk walk(kept, batches);
   for (const py::handle& object : params) {
-    const at::Tensor& grad = gradient_of(object.ptr());
+    const at::Tensor& grad = gradient_of(parameter(object));
     if (!grad.defined()) continue;
     if (!walk.next_is(grad)) return false;
     if (maybe_hold != nullptr) maybe_hold->push_back(grad);

@@ -171,7 +171,7 @@ class StepPlan {
 // which rule.
 template <typename Options>
 Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_groups,
-                   const py::list& params, const py::dict& state, const StateNames& names,
+                   const py::object& params_object, const py::dict& state, const StateNames& names,
                    const CommonArguments& common, const Options& rule_options, bool check_only,
                    StepPlan* maybe_plan) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
@@ -182,7 +182,8 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
                                    options.capturable,
                                    options.writes_grads(),
                                    options.zero_grad};
-  PlannedStep step(rule, KeptGroups::Loan(kept_groups, params.ptr()));
+  PlannedStep step(rule, KeptGroups::Loan(kept_groups, params_object.ptr()));
+  const py::list params(params_object);  // itself, where it is one
   KeptGroup& kept = *step.kept();
   if (kept.purpose == purpose && !kept.step.may_be_skipped(options) &&
       is_as_kept(kept.step, params, state, names, common)) {
@@ -219,7 +220,7 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
 }
 
 inline Outcome adam_group(
-    const std::shared_ptr<KeptGroups>& kept, const py::list& params, const py::dict& state,
+    const std::shared_ptr<KeptGroups>& kept, const py::object& params, const py::dict& state,
     const py::handle& lr, const py::handle& beta1, const py::handle& beta2, double weight_decay,
     double eps, bool amsgrad, bool decoupled_weight_decay, bool maximize, bool capturable,
     const std::optional<at::Tensor>& grad_scale, const std::optional<at::Tensor>& found_inf,
@@ -256,7 +257,7 @@ inline Outcome adam_group(
 
 // `first_step`: the momentum buffers are there and hold nothing yet.
 inline Outcome sgd_group(
-    const std::shared_ptr<KeptGroups>& kept, const py::list& params, const py::dict& state,
+    const std::shared_ptr<KeptGroups>& kept, const py::object& params, const py::dict& state,
     const py::handle& lr, double weight_decay, double momentum, double dampening, bool nesterov,
     bool first_step, bool maximize, bool capturable, const std::optional<at::Tensor>& grad_scale,
     const std::optional<at::Tensor>& found_inf, const std::optional<at::Tensor>& norm,
@@ -287,13 +288,18 @@ inline at::Tensor bound_total_norm(const Tensors& tensors,
   return total_norm(tensors, grad_scale);
 }
 
-// The norm of the gradients of all parameters in `groups`, a list of lists.
+// The parameters of a group, whatever sequence its user has made of them.
+inline py::list listed(const py::handle& params) {
+  return py::list(py::reinterpret_borrow<py::object>(params));
+}
+
+// The norm of the gradients of all parameters in `groups`, a list of sequences.
 inline at::Tensor gradient_norm(const py::list& groups,
                                 const std::optional<at::Tensor>& grad_scale) {
   Tensors grads;
   for (const py::handle& group : groups) {
-    for (const py::handle& object : py::reinterpret_borrow<py::list>(group)) {
-      const at::Tensor& grad = THPVariable_Unpack(object.ptr()).grad();
+    for (const py::handle& object : listed(group)) {
+      const at::Tensor& grad = parameter(object).grad();
       if (grad.defined()) grads.push_back(grad);
     }
   }
@@ -315,8 +321,8 @@ inline std::optional<at::Tensor> kept_gradient_norm(const std::shared_ptr<KeptGr
   NormBatches batches;
   Tensors held;
   for (size_t i = 0; i < loans.size(); ++i) {
-    const auto params = py::reinterpret_borrow<py::list>(groups[i]);
-    if (!add_kept_gradients(loans[i]->step, params, batches, is_brief ? nullptr : &held)) {
+    if (!add_kept_gradients(loans[i]->step, listed(groups[i]), batches,
+                            is_brief ? nullptr : &held)) {
       return std::nullopt;
     }
   }
