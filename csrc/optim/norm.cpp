@@ -72,7 +72,7 @@ at::Tensor norm_on(at::Device device, const NormBatches& batches,
   }
   at::Tensor scale;
   if (grad_scale) {
-    scale = grad_scale->detach().to(device, at::kFloat, /*non_blocking=*/true);
+    scale = brought_to(device, at::kFloat, *grad_scale);
     sum.maybe_grad_scale = scale.const_data_ptr<float>();
   }
   sum.partials = partials.const_data_ptr<double>();
@@ -93,8 +93,7 @@ void clip(at::TensorList tensors, const at::Tensor& norm, double max_norm) {
   flat.bump_versions();
   for (const auto& batch : batches) {
     const c10::DeviceGuard guard(batch.kind.device());
-    const at::Tensor here =
-        norm.detach().to(batch.kind.device(), at::kDouble, /*non_blocking=*/true);
+    const at::Tensor here = brought_to(batch.kind.device(), at::kDouble, norm);
     ClipParams p{};
     p.tensors = batch.tensors.data();
     p.num_tensors = static_cast<int64_t>(batch.tensors.size());
@@ -145,7 +144,7 @@ at::Tensor total_norm(const NormBatches& batches, const std::optional<at::Tensor
   }
   std::vector<at::Tensor> norms;
   for (const at::Device device : devices) {
-    norms.push_back(norm_on(device, batches, grad_scale).to(devices[0], /*non_blocking=*/true));
+    norms.push_back(brought_to(devices[0], at::kDouble, norm_on(device, batches, grad_scale)));
   }
   return norms.size() == 1 ? norms[0] : at::linalg_vector_norm(at::stack(norms));
 }

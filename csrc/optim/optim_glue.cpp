@@ -18,7 +18,7 @@ OptimScalar ScalarReader::operator()(double value, const std::optional<at::Tenso
 #endif
   if (!lives_on_device(tensor, capturable_)) return {tensor.item<double>(), nullptr, false};
   const bool is_double = tensor.scalar_type() == at::kDouble;
-  keep_.push_back(tensor.to(device_, is_double ? at::kDouble : at::kFloat, /*non_blocking=*/true));
+  keep_.push_back(brought_to(device_, is_double ? at::kDouble : at::kFloat, tensor));
   return {0.0, keep_.back().const_data_ptr(), is_double};
 }
 

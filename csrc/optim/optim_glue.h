@@ -17,6 +17,12 @@
 
 namespace fused {
 
+// A scalar tensor on the device of the kernels that read it. The host waits where that is the CPU,
+// which would not wait for a copy that is still under way.
+inline at::Tensor brought_to(at::Device device, at::ScalarType type, const at::Tensor& scalar) {
+  return scalar.detach().to(device, type, /*non_blocking=*/!device.is_cpu());
+}
+
 // The scalar tensors of a step as the kernels for one device read them.
 class ScalarReader {
  public:
@@ -28,8 +34,8 @@ class ScalarReader {
   template <typename T>
   const T* pointer(const std::optional<at::Tensor>& maybe_tensor) {
     if (!maybe_tensor) return nullptr;
-    keep_.push_back(
-        maybe_tensor->detach().to(device_, c10::CppTypeToScalarType<T>::value, true).contiguous());
+    constexpr at::ScalarType type = c10::CppTypeToScalarType<T>::value;
+    keep_.push_back(brought_to(device_, type, *maybe_tensor).contiguous());
     return keep_.back().template const_data_ptr<T>();
   }
 
