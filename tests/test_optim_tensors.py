@@ -342,3 +342,24 @@ def test_scale_and_skip(
         results.append([param.detach(), *optimizer.state[param].values()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("zero_grad", [False, True])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_gradient_that_parameters_share(
+    cls: type, zero_grad: bool, backend: torch.device
+) -> None:
+    """Unscaling writes to it: every parameter reads it as it was, in a kept step too."""
+    results = []
+    for is_shared in (False, True):
+        params = [leaf(torch.ones(300, device=backend)) for _ in range(2)]
+        optimizer = cls(params, **OPTIONS[cls], zero_grad=zero_grad)
+        optimizer.grad_scale = torch.tensor(4.0, device=backend)
+        for step in range(4):
+            grads = [torch.full_like(p, 2.0) for p in params]
+            for i, p in enumerate(params):
+                p.grad = grads[0 if is_shared and step > 1 else i]
+            optimizer.step()
+        results.append([*params, *(p.grad for p in params)])
+    assert all(map(torch.equal, *results))
+    assert torch.equal(params[0].grad, torch.full_like(params[0], 0.0 if zero_grad else 0.5))

@@ -32,10 +32,10 @@ void* FlatTensors::param(const at::Tensor& param) {
   return operand(param, /*written=*/true);
 }
 
-void* FlatTensors::operand(const at::Tensor& tensor, bool written) {
+void* FlatTensors::operand(const at::Tensor& tensor, bool written, bool always_copied) {
   // The memory of a negative view (the imaginary part of a conjugate is one) holds the negative.
   if (written) written_.push_back(&tensor);
-  if (same_layout(tensor, *layout_) && !tensor.is_neg()) return tensor.data_ptr();
+  if (!always_copied && same_layout(tensor, *layout_) && !tensor.is_neg()) return tensor.data_ptr();
   const at::Tensor copy = at::empty_like(*layout_, tensor.options());
   copies_.push_back({tensor.detach(), copy, written});
   return copy.data_ptr();

@@ -21,8 +21,8 @@ class FlatTensors {
   void* param(const at::Tensor& param);
 
   // The array of a tensor of the parameter's shape, in the parameter's layout; copied where its
-  // own layout differs. `written`: the kernel will change it.
-  void* operand(const at::Tensor& tensor, bool written);
+  // own layout differs, or always. `written`: the kernel will change it.
+  void* operand(const at::Tensor& tensor, bool written, bool always_copied = false);
 
   // The array of a tensor by itself, in whatever order is its own.
   void* read_only(const at::Tensor& tensor);

@@ -13,7 +13,7 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
                         const StepOptions& options) {
   forget();
   batches_ = std::move(batches);
-  zero_grad_ = options.zero_grad;
+  writes_grads_ = options.writes_grads();
   std::vector<OptimTensor*> kept(tensors.params.size());
   for (LaunchBatch& batch : batches_) {
     for (OptimTensor& tensor : batch.tensors) kept[tensor.index] = &tensor;
@@ -27,7 +27,7 @@ void KeptStep::remember(const StepTensors& tensors, std::vector<LaunchBatch> bat
     host_counts_ |= t.maybe_step != nullptr && !t.step_on_device;
     see(tensors.params[i], &t.param, /*is_written=*/true, /*must_be_apart=*/true);
     gradients_.push_back(static_cast<uint32_t>(seen_.size()));
-    see(tensors.grads[i], &t.grad, options.writes_grads(), /*must_be_apart=*/zero_grad_);
+    see(tensors.grads[i], &t.grad, writes_grads_, /*must_be_apart=*/writes_grads_);
     see_in(tensors.steps, i, &t.maybe_step);
     for (const auto k : c10::irange(kMaxStates)) {
       see_in(tensors.states[k], i, &t.states[k]);
@@ -87,7 +87,7 @@ bool KeptStep::shares_memory() const {
       const char *param = static_cast<const char*>(t.param),
                  *grad = static_cast<const char*>(t.grad);
       params.emplace_back(param, param + t.numel * size);
-      if (zero_grad_) grads.emplace_back(grad, grad + t.numel * size);
+      if (writes_grads_) grads.emplace_back(grad, grad + t.numel * size);
     }
   }
   return overlap(params) || overlap(grads);

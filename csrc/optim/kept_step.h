@@ -79,7 +79,7 @@ class FUSED_API KeptStep {
   std::vector<int64_t> shapes_;
   size_t position_ = 0;
   int64_t numel_ = 0;
-  bool host_counts_ = false, zero_grad_ = false;
+  bool host_counts_ = false, writes_grads_ = false;
   bool may_share_memory_ = false;  // something moved since it was last found not to
   bool has_moved_ = false;         // something moved since the last step
 };

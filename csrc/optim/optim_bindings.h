@@ -42,12 +42,11 @@ struct KeptGroup {
   struct Purpose {
     const StateNames* names = nullptr;
     const PyObject* master_name = nullptr;
-    bool has_ema = false, capturable = false, writes_grads = false, zero_grad = false;
+    bool has_ema = false, capturable = false, writes_grads = false;
 
     bool operator==(const Purpose& o) const {
       return names == o.names && master_name == o.master_name && has_ema == o.has_ema &&
-             capturable == o.capturable && writes_grads == o.writes_grads &&
-             zero_grad == o.zero_grad;
+             capturable == o.capturable && writes_grads == o.writes_grads;
     }
   };
   Purpose purpose;
@@ -176,12 +175,8 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
                    StepPlan* maybe_plan) {
   if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
   const StepOptions& options = common.options;
-  const KeptGroup::Purpose purpose{&names,
-                                   common.master_name,
-                                   common.has_ema,
-                                   options.capturable,
-                                   options.writes_grads(),
-                                   options.zero_grad};
+  const KeptGroup::Purpose purpose{&names, common.master_name, common.has_ema, options.capturable,
+                                   options.writes_grads()};
   PlannedStep step(rule, KeptGroups::Loan(kept_groups, params_object.ptr()));
   const py::list params(params_object);  // itself, where it is one
   KeptGroup& kept = *step.kept();

@@ -79,11 +79,13 @@ const at::Tensor* maybe_at(const TensorVector& list, size_t i) {
 std::vector<LaunchBatch> make_batches(FlatTensors& flat, const StepTensors& tensors,
                                       const StepOptions& options) {
   std::vector<LaunchBatch> batches;
+  // What one parameter's update wrote to a gradient, that of another would read.
+  const bool copies_grads = options.writes_grads() && share_memory(tensors.grads);
   for (const auto i : c10::irange(tensors.params.size())) {
     const at::Tensor& param = tensors.params[i];
     OptimTensor t{};
     t.param = flat.param(param);
-    t.grad = flat.operand(tensors.grads[i], options.writes_grads());
+    t.grad = flat.operand(tensors.grads[i], options.writes_grads(), copies_grads);
     StateType state_type = StateType::kAsParam;
     for (const auto k : c10::irange(kMaxStates)) {
       const at::Tensor* state = maybe_at(tensors.states[k], i);

@@ -128,11 +128,8 @@ std::unique_ptr<ReadyStep> prepare_step(StepTensors tensors, const typename Rule
   if (check_only || tensors.params.empty()) return nullptr;
   std::vector<std::unique_ptr<ReadyStep>> one_by_one;
   const bool is_skipped = host_sees_skip(tensors.steps, common);
-  // Where two parameters or written gradients share memory (one listed twice, overlapping views),
-  // one after the other.
-  const bool shares =
-      share_memory(tensors.params) || (common.zero_grad && share_memory(tensors.grads));
-  if (!is_skipped && !shares) {
+  // Where two parameters share memory (one listed twice, overlapping views), one after the other.
+  if (!is_skipped && !share_memory(tensors.params)) {
     return std::make_unique<ReadyGatheredStep<Rule>>(std::move(tensors), options, maybe_keep);
   }
   if (!is_skipped) {
