@@ -77,6 +77,29 @@ def test_nothing_is_gathered_again(cls: type, extra: str) -> None:
     assert all(a is not p.grad for a, p in zip(kept_alive, params, strict=True))
 
 
+@pytest.mark.parametrize("count", [3, 1100])
+def test_of_any_number_of_groups(count: int) -> None:
+    params = [torch.ones(3, requires_grad=True) for _ in range(count)]
+    optimizer = fused.SGD([{"params": [p]} for p in params], lr=0.1)
+    for step in range(4):
+        write_gradients(params, 0)
+        optimizer.step()
+        if step == 1:
+            after_first = num_gatherings(optimizer)
+    assert num_gatherings(optimizer) == after_first
+
+
+def test_of_any_number_of_steps_in_the_backward_pass() -> None:
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(3)) for _ in range(1100)])
+    fused.optim.step_in_backward(model, fused.SGD, lr=0.1)
+    kept = []
+    for _ in range(3):
+        sum(p.sum() for p in model).backward()
+        kept.append([p._in_backward_optimizers[0]._kept[1] for p in model])
+    assert kept[0] == kept[2]
+    assert all(groups.num_gatherings == 1 for groups in kept[2])
+
+
 def test_gradients_and_states_are_not_kept_alive() -> None:
     params = leaves(torch.device("cpu"))
     optimizer = fused.AdamW(params)

@@ -7,6 +7,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -62,12 +63,14 @@ class KeptGroups {
    public:
     Loan(std::shared_ptr<KeptGroups> owner, const PyObject* params)
         : owner_(std::move(owner)), params_(params) {
+      owner_->most_ = std::max(owner_->most_, 2 * ++owner_->num_lent_);
       std::swap(group_, owner_->groups_[params]);
       if (!group_) group_ = std::make_unique<KeptGroup>();
     }
     ~Loan() {
       if (!owner_) return;  // moved from
-      if (owner_->groups_.size() > kMost) owner_->groups_.clear();
+      --owner_->num_lent_;
+      if (owner_->groups_.size() > owner_->most_) owner_->groups_.clear();
       owner_->groups_[params_] = std::move(group_);
     }
     Loan(Loan&&) = default;
@@ -84,7 +87,10 @@ class KeptGroups {
   void count_gathering() { ++num_gatherings_; }
 
  private:
-  static constexpr size_t kMost = 1024;  // lists that are no more are forgotten then
+  // Of more lists than this some are no more, and all are forgotten. A step of many groups borrows
+  // what they have kept all at once, and twice that many may stay.
+  size_t most_ = 1024;
+  size_t num_lent_ = 0;
   std::unordered_map<const PyObject*, std::unique_ptr<KeptGroup>> groups_;
   int64_t num_gatherings_ = 0;
 };

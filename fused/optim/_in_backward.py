@@ -140,8 +140,10 @@ class _ParameterStep:
     ) -> None:
         self._optimizer = optimizer
         self._group_index = group_index
-        # One list for all steps, by which the extension finds what it has kept of the last.
+        # One list for all steps, by which the extension finds what it has kept of the last. That
+        # is kept here: an optimizer's own is for its groups, which are fewer.
         self._params = [parameter]
+        self._kept: tuple[Any, Any] | None = None
         self._lock = lock
 
     @torch.no_grad()
@@ -151,11 +153,13 @@ class _ParameterStep:
             groups = optimizer.param_groups
             # Looked up now: options change, and load_state_dict replaces the groups.
             group = {**groups[self._group_index], "params": self._params}
-            optimizer.param_groups = [group]
+            kept_of_groups = optimizer._kept
+            optimizer.param_groups, optimizer._kept = [group], self._kept
             try:
                 optimizer._eager_step()
             finally:
-                optimizer.param_groups = groups
+                self._kept = optimizer._kept
+                optimizer.param_groups, optimizer._kept = groups, kept_of_groups
             # For schedulers, which warn where they see no step before theirs.
             optimizer._opt_called = True
 
