@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim_state import CLASSES, OPTIONS, assert_equal
+from optim_states import CLASSES, OPTIONS, assert_equal
 from torch import Tensor
 
 import fused

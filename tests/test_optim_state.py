@@ -1,60 +1,16 @@
-"""How states are stored: masters, remainders, rounding by chance, int8, averages, checkpoints."""
+"""How states are stored: masters, remainders, rounding by chance, int8, averages."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from optim_states import CLASSES, OPTIONS, assert_equal, everything, leaves, run
 
 import fused
 from fused.optim import _state
-
-CLASSES = [fused.Adam, fused.AdamW, fused.SGD]
-OPTIONS: dict[type, dict[str, Any]] = {
-    fused.Adam: {"lr": 0.05, "amsgrad": True},
-    fused.AdamW: {"lr": 0.05},
-    fused.SGD: {"lr": 0.05, "momentum": 0.9},
-}
-STORED: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "float32 master": {"master_weights": "float32"},
-    "remainder": {"master_weights": "remainder", "ema_decay": 0.9},
-    "bfloat16": {"state_dtype": torch.bfloat16},
-    "int8": {"state_dtype": "int8"},
-    "int8 beside a remainder": {"master_weights": "remainder", "state_dtype": "int8"},
-}
-
-
-def leaves(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    torch.manual_seed(0)
-    shapes = [(3, 5), (8192 + 3,), (0,), (7, 130)]
-    tensors = [torch.randn(s, device=device).to(dtype) for s in shapes]
-    tensors[3] = tensors[3].t()
-    return [t.detach().requires_grad_() for t in tensors]
-
-
-def run(params: list[Tensor], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        for i, p in enumerate(params):
-            generator = torch.Generator().manual_seed(1000 * step + i)
-            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
-        optimizer.step()
-
-
-def everything(params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    states = [v for p in params for _, v in sorted(optimizer.state[p].items())]
-    return [t.detach() for t in [*params, *states]]
-
-
-def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -184,82 +140,6 @@ def test_int8_kernels_store_what_the_definition_stores(cls: type, backend: torch
             assert (difference > 0).sum() <= 0.01 * difference.numel() + 1
 
 
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_checkpoint_goes_on_bit_for_bit(cls: type, stored: str, backend: torch.device) -> None:
-    extras = STORED[stored]
-    straight, moved = leaves(backend), leaves(backend)
-    optimizer = cls(straight, **OPTIONS[cls], **extras)
-    run(straight, optimizer, range(6))
-    before = cls(moved, **OPTIONS[cls], **extras)
-    run(moved, before, range(3))
-    file = io.BytesIO()
-    torch.save(before.state_dict(), file)
-    file.seek(0)
-    after = cls(moved, **extras)
-    after.load_state_dict(torch.load(file))
-    assert_equal(everything(moved, before), everything(moved, after))
-    run(moved, after, range(3, 6))
-    assert_equal(everything(straight, optimizer), everything(moved, after))
-
-
-@pytest.mark.parametrize("to", STORED)
-@pytest.mark.parametrize("of", STORED)
-@pytest.mark.parametrize("cls", [fused.AdamW, fused.SGD])
-def test_a_checkpoint_of_another_way_of_storing(
-    cls: type, of: str, to: str, backend: torch.device
-) -> None:
-    """Masters stay where both have one; moments lose what the coarser of the two loses."""
-    params = leaves(backend)
-    first = cls(params, **OPTIONS[cls], **STORED[of])
-    run(params, first, range(3))
-    second = cls(params, **STORED[to])
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    assert second.extras == type(second.extras)(**STORED[to])
-    for p in params:
-        a, b = first.state[p], second.state[p]
-        for name in ("exp_avg", "momentum_buffer"):
-            if name in a:
-                values = [_values(entry, name) for entry in (a, b)]
-                # Half of int8's widest step and of bfloat16's, of the largest of all.
-                largest = float(values[0].abs().max()) if values[0].numel() else 0.0
-                atol = (0.9 / 128 + 2**-8) * largest
-                torch.testing.assert_close(*values, rtol=0.0, atol=atol)
-        if {"master", "remainder"} & a.keys() and {"master", "remainder"} & b.keys():
-            # A float32 master at a tie was rounded to even: its remainder is a unit off.
-            bits = [_master(p, entry).view(torch.int32) for entry in (a, b)]
-            assert bits[0].numel() == 0 or (bits[0] - bits[1]).abs().max() <= 1
-    run(params, second, range(3, 5))
-    assert all(p.isfinite().all() for p in params)
-
-
-def _values(entry: dict[str, Tensor], name: str) -> Tensor:
-    scale = entry.get(_state.scale_name(name))
-    return entry[name].float() if scale is None else _state.dequantize(entry[name], scale)
-
-
-def _master(p: Tensor, entry: dict[str, Tensor]) -> Tensor:
-    return entry["master"] if "master" in entry else _state.join_remainder(p, entry["remainder"])
-
-
-@pytest.mark.parametrize("stored", STORED)
-@pytest.mark.parametrize("cls", CLASSES)
-def test_a_checkpoint_of_stock(cls: type, stored: str, backend: torch.device) -> None:
-    """Loads, and keeps the options that it lacks."""
-    params = leaves(backend)
-    stock = getattr(torch.optim, cls.__name__)(params, **OPTIONS[cls])
-    run(params, stock, range(2))
-    ours = cls(params, **STORED[stored])
-    ours.load_state_dict(copy.deepcopy(stock.state_dict()))
-    fresh = cls(leaves(backend), **OPTIONS[cls], **STORED[stored])
-    run(fresh.param_groups[0]["params"], fresh, range(1))
-    for p, q in zip(params, fresh.param_groups[0]["params"], strict=True):
-        kinds = {name: value.dtype for name, value in fresh.state[q].items()}
-        assert {name: value.dtype for name, value in ours.state[p].items()} == kinds
-    run(params, ours, range(2, 4))
-    assert all(p.isfinite().all() for p in params)
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_averaged(cls: type, backend: torch.device) -> None:
     params = leaves(backend)
@@ -295,40 +175,6 @@ def test_mixed_dtypes_in_one_group(backend: torch.device) -> None:
             p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
             optimizer.step()
         assert torch.equal(p, together[i])
-
-
-IN_MID_TRAINING: dict[str, dict[str, Any]] = {
-    **STORED,
-    "clip and skip": {"max_norm": 1.0, "nonfinite": "skip", "zero_grad": True},
-    "clip groups": {"max_norm": 1.0, "norm_scope": "group", "nonfinite": "error"},
-    "average": {"ema_decay": 0.9},
-    "by chance": {"stochastic_rounding": True},
-}
-
-
-@pytest.mark.parametrize("duplicate", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("extra", IN_MID_TRAINING)
-@pytest.mark.parametrize("cls", [fused.AdamW, fused.SGD])
-def test_copies_in_mid_training(
-    cls: type, extra: str, duplicate: str, backend: torch.device
-) -> None:
-    """A copy has the options, the states and the norm, and goes on as the original does."""
-    extras = IN_MID_TRAINING[extra]
-    params = leaves(backend)
-    optimizer = cls(params, **OPTIONS[cls], **extras)
-    run(params, optimizer, range(3))
-    pair = (params, optimizer)
-    others, copied = (
-        copy.deepcopy(pair) if duplicate == "deepcopy" else pickle.loads(pickle.dumps(pair))
-    )
-    assert type(copied) is cls and copied.extras == optimizer.extras
-    if "max_norm" in extras:
-        assert torch.equal(copied.grad_norm, optimizer.grad_norm)
-    assert_equal(everything(params, optimizer), everything(others, copied))
-    for tensors, each in ((params, optimizer), (others, copied)):
-        torch.manual_seed(7)  # of the rounding
-        run(tensors, each, range(3, 6))
-    assert_equal(everything(params, optimizer), everything(others, copied))
 
 
 COMPILED: list[dict[str, Any]] = [

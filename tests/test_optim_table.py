@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_optim_state import assert_equal, everything
+from optim_states import assert_equal, everything
 from torch import Tensor
 
 import fused

@@ -196,7 +196,8 @@ struct Gathered {
       throw py::type_error("optimizer: state must hold a dict for each parameter, got " +
                            std::string(Py_TYPE(entry)->tp_name));
     }
-    if (entry == nullptr || PyDict_GET_SIZE(entry) == 0 || begins(entry, names)) {
+    if (entry == nullptr || PyDict_GET_SIZE(entry) == 0 || begins(entry, names) ||
+        lacks_copy(entry, param, common)) {
       initialised = false;
       return nullptr;
     }
@@ -221,6 +222,13 @@ struct Gathered {
     if (!names.may_begin || names.states.empty()) return false;
     PyObject* value = PyDict_GetItemWithError(entry, names.states[0]);
     return value == nullptr || value == Py_None;
+  }
+
+  // Whether the master or the average of a state that was loaded has yet to be made.
+  static bool lacks_copy(PyObject* entry, const at::Tensor& param, const CommonArguments& common) {
+    const auto lacks = [entry](PyObject* name) { return PyDict_Contains(entry, name) == 0; };
+    return (has_master(param, common) && lacks(common.master_name)) ||
+           (common.has_ema && lacks(ema_name()));
   }
 
   // Lists of scales have an entry for every parameter once one has a scale.

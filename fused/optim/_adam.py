@@ -67,16 +67,21 @@ class Adam(FusedStep, torch.optim.Adam):
         step_dtype = _get_scalar_dtype(is_fused=group["fused"])
         states: NewStates = []
         for p in group["params"]:
-            if p.grad is None or self.state.get(p):
+            if p.grad is None:
                 continue
-            if group["fused"]:
-                _device_dtype_check_for_fused(p)
-            # Elsewhere the count stays on the host, which then knows it without asking the device.
-            step_device = p.device if on_device else "cpu"
-            state = {"step": torch.zeros((), dtype=step_dtype, device=step_device)}
-            for name in self._moments(group):
-                state |= _state.new_moment(p, name, self.extras.state_dtype_of(p))
-            states.append((p, state | _state.new_extras(p, self.extras)))
+            entry = self.state.get(p, {})
+            state: dict[str, Any] = {}
+            if not entry:
+                if group["fused"]:
+                    _device_dtype_check_for_fused(p)
+                # Elsewhere the count stays on the host, which knows it without asking the device.
+                step_device = p.device if on_device else "cpu"
+                state["step"] = torch.zeros((), dtype=step_dtype, device=step_device)
+                for name in self._moments(group):
+                    state |= _state.new_moment(p, name, self.extras.state_dtype_of(p))
+            state |= _state.new_extras(p, self.extras, entry)
+            if state:
+                states.append((p, state))
         return states
 
     def _init_group(  # by this name the compiler knows it
@@ -97,7 +102,7 @@ class Adam(FusedStep, torch.optim.Adam):
         if scales is None or masters is None or emas is None or self._is_composite(group):
             return super()._init_group(group, params, grads, *lists, steps)
         for p, state in self._new_states(group):
-            self.state[p].update(state)
+            _state.begin(self.state[p], state)
         self._fill(group, params, grads, lists, scales, masters, emas)
         steps += [self.state[p]["step"] for p in params]
         return False

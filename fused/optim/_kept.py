@@ -46,9 +46,10 @@ class KeptStates(Optimizer):
         }
         with torch.no_grad():
             kept = {p: p.detach().clone() for p in averages}
-            for p, average in averages.items():
-                p.copy_(average)
         try:
+            with torch.no_grad():
+                for p, average in averages.items():
+                    p.copy_(average)
             yield
         finally:
             with torch.no_grad():
@@ -69,10 +70,18 @@ class KeptStates(Optimizer):
 
         The options beyond stock's stay those of this optimizer's constructor, and states are stored
         as they say: bit for bit where they were saved so, converted where they were not.
+
+        Raises:
+            ValueError: for int8 codes without their scales or scales without codes, with nothing
+                loaded.
         """
+        before = self.state, self.param_groups
         handle = self.register_load_state_dict_pre_hook(_capture)
         try:
             super().load_state_dict(state_dict)
+        except BaseException:
+            self.state, self.param_groups = before
+            raise
         finally:
             handle.remove()
             vars(self).pop(_CAPTURED, None)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 INT8 = "int8"
-# By which name a state entry holds the master of its parameter.
+# By which name a state entry holds the master of its parameter, and in which dtype.
 MASTER_NAMES = {"float32": "master", "remainder": "remainder"}
+MASTER_DTYPES = {"master": torch.float32, "remainder": torch.int16}
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ class SGD(FusedStep, torch.optim.SGD):
             state: dict[str, Any] = {}
             if group["momentum"] != 0 and self._lacks_buffer(p):
                 state |= _state.new_moment(p, BUFFER, self.extras.state_dtype_of(p))
-            if not self.state.get(p):
-                state |= _state.new_extras(p, self.extras)
+            state |= _state.new_extras(p, self.extras, self.state.get(p, {}))
             if state:
                 states.append((p, state))
         return states
@@ -68,7 +67,7 @@ class SGD(FusedStep, torch.optim.SGD):
         if not self._dampens(group):
             self._kernel_step(group, norm, plan=plan)  # zero times the momentum, plus the gradient
             return
-        begun_now = {id(p) for p, _ in new}
+        begun_now = {id(p) for p, state in new if BUFFER in state}
         for first in (False, True):
             params = [p for p in group["params"] if (id(p) in begun_now) == first]
             self._kernel_step(group, norm, params=params, plan=plan, first_step=first)
@@ -104,7 +103,7 @@ class SGD(FusedStep, torch.optim.SGD):
         if begins or self._is_composite(group):
             return super()._init_group(group, params, grads, buffers)
         for p, state in self._new_states(group):
-            self.state[p].update(state)
+            _state.begin(self.state[p], state)
         self._fill(group, params, grads, (buffers,), scales, masters, emas)
         return False
 

@@ -98,7 +98,9 @@ class _Shard:
         return local
 
     def close(self, state: dict[Any, Entry], local_entry: Entry) -> None:
-        """Takes over the states that the step has begun or replaced."""
+        """Takes over the states that the step has begun, replaced or put others in place of."""
+        for name in self._given.keys() - local_entry.keys():
+            del state[self._whole][name]
         for name, value in local_entry.items():
             if value is not self._given.get(name):
                 entry = state.setdefault(self._whole, {})

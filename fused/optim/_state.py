@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fused.optim._options import INT8, StepOptions
+from fused.optim._options import INT8, MASTER_DTYPES, StepOptions
 
 Entry = dict[str, Any]
 StateDtype = torch.dtype | Literal["int8"]
@@ -38,17 +38,34 @@ def new_moment(param: Tensor, name: str, dtype: StateDtype) -> Entry:
     return {name: codes, scale_name(name): scale}
 
 
-def new_extras(param: Tensor, options: StepOptions) -> Entry:
-    """The master and the moving average of a parameter, as it is now."""
-    entry: Entry = {}
+def new_extras(param: Tensor, options: StepOptions, entry: Entry) -> Entry:
+    """The master and the moving average that an entry lacks, of the parameter as it is now."""
+    new: Entry = {}
     master = options.master_of(param)
-    if master == "master":
-        entry[master] = param.detach().to(torch.float32)
-    elif master == "remainder":
-        entry[master] = torch.zeros_like(param, dtype=torch.int16)
-    if options.ema_decay is not None:
-        entry["ema"] = param.detach().to(options.ema_dtype_of(param), copy=True)
-    return entry
+    if master is not None and master not in entry:
+        new[master] = _new_master(param, master, entry)
+    if options.ema_decay is not None and "ema" not in entry:
+        new["ema"] = param.detach().to(options.ema_dtype_of(param), copy=True)
+    return new
+
+
+def _new_master(param: Tensor, name: str, entry: Entry) -> Tensor:
+    """Of what was loaded in the other form, if anything was."""
+    if "master" in entry:
+        return split_remainder(param, entry["master"])
+    if "remainder" in entry:
+        return join_remainder(param, entry["remainder"])
+    if name == "master":
+        return param.detach().to(torch.float32)
+    return torch.zeros_like(param, dtype=torch.int16)
+
+
+def begin(entry: Entry, new: Entry) -> None:
+    """Adds states to those of a parameter. A master takes the place of one in the other form."""
+    if not MASTER_DTYPES.keys().isdisjoint(new):
+        for name in MASTER_DTYPES:
+            entry.pop(name, None)
+    entry.update(new)
 
 
 # --- int8 codes, as csrc/optim/quantize.h defines them --------------------------------------------
@@ -110,25 +127,33 @@ def loaded_entry(
     param: Tensor, entry: Entry, moments: Iterable[str], options: StepOptions
 ) -> Entry:
     """The states of a saved entry as this optimizer stores them: what is stored alike stays bit for
-    bit. Without what no kernel reads, such as a step count."""
+    bit. Without what no kernel reads, such as a step count.
+
+    What needs the parameter's value waits for the next step: a model may be loaded after its
+    optimizer. A master then stays in the form it was saved in, and what is missing begins."""
     loaded: Entry = {}
     for name in moments:
         value = entry.get(name)
         if isinstance(value, Tensor):
             dtype = options.state_dtype_of(param)
             loaded |= _loaded_moment(param, name, value, entry.get(scale_name(name)), dtype)
-    loaded |= _loaded_master(param, entry, options.master_of(param))
-    if options.ema_decay is not None:
-        ema = entry.get("ema", param.detach())
-        loaded["ema"] = ema.to(param.device, options.ema_dtype_of(param), copy=ema is param)
-        if "ema" not in entry:
-            loaded["ema"] = loaded["ema"].clone()
+    if options.master_of(param) is not None:
+        loaded |= _loaded_master(param, entry)
+    if options.ema_decay is not None and "ema" in entry:
+        loaded["ema"] = entry["ema"].to(param.device, options.ema_dtype_of(param))
     return loaded
 
 
 def _loaded_moment(
     param: Tensor, name: str, value: Tensor, scale: Tensor | None, dtype: StateDtype
 ) -> Entry:
+    if (scale is not None) != (value.dtype in (torch.int8, torch.uint8)):
+        beside = "without" if scale is None else "beside"
+        rule = "be floating-point" if scale is None else "be int8 or uint8"
+        raise ValueError(
+            f"load_state_dict: {name} must {rule} {beside} {scale_name(name)}, got {value.dtype} "
+            "(PyTorch's own optimizers take codes for numbers)"
+        )
     value = value.to(param.device)
     if scale is None and isinstance(dtype, torch.dtype):
         return {name: value.to(dtype)}
@@ -143,19 +168,15 @@ def _loaded_moment(
     return {name: codes, scale_name(name): scale}
 
 
-def _loaded_master(param: Tensor, entry: Entry, name: str | None) -> Entry:
-    if name is None:
-        return {}
-    if name in entry:
-        return {name: entry[name].to(param.device)}
-    if "master" in entry:
-        return {name: split_remainder(param, entry["master"].to(param.device))}
-    if "remainder" in entry:
-        return {name: join_remainder(param, entry["remainder"].to(param.device))}
-    return new_extras(param, StepOptions(master_weights=_KINDS[name]))
-
-
-_KINDS: dict[str, Literal["float32", "remainder"]] = {"master": "float32", "remainder": "remainder"}
+def _loaded_master(param: Tensor, entry: Entry) -> Entry:
+    """In whichever form it was saved. Of another dtype it is one that stock has cast, and left
+    behind as it changed the parameter."""
+    for name, dtype in MASTER_DTYPES.items():
+        value = entry.get(name)
+        fits = name == "master" or param.dtype == torch.bfloat16
+        if fits and isinstance(value, Tensor) and value.dtype == dtype:
+            return {name: value.to(param.device)}
+    return {}
 
 
 def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused import _route
-from fused.optim import _sharded
+from fused.optim import _sharded, _state
 from fused.optim._options import INT8, OPTION_NAMES, StepOptions
 from fused.optim._registered import Group, RegisteredStep
 
@@ -258,7 +258,7 @@ class FusedStep(RegisteredStep):
         """Gives parameters their new states, and takes them back where what is within fails."""
         before = [(p, dict(self.state[p]) if p in self.state else None) for p, _ in new]
         for p, state in new:
-            self.state[p].update(state)
+            _state.begin(self.state[p], state)
         try:
             yield
         except BaseException:

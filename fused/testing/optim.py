@@ -32,7 +32,7 @@ def plain_run(
     for p, entry in zip(params, entries, strict=True):
         for name in moments_of(rule, options):
             entry |= _state.new_moment(p, name, extras.state_dtype_of(p))
-        entry |= _state.new_extras(p, extras)
+        entry |= _state.new_extras(p, extras, {})
         entry["step"] = 0
     for step_grads in grads:
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in step_grads))

@@ -71,6 +71,7 @@ TESTS = {
         "tests/test_optim.py",
         "tests/test_optim_options.py",
         "tests/test_optim_state.py",
+        "tests/test_optim_load.py",
         "tests/test_optim_tensors.py",
         "tests/test_optim_stock.py",
     ],
