@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused import _route
+from fused._attention_checks import broadcast_batch, check_inputs, check_mask
 from fused._attention_composite import (
     MAX_HEAD_DIM,
     Attended,
@@ -180,15 +181,11 @@ def attend(
 
     if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
         return run(query, key, value, options)
-    batch = _broadcast_batch(query, key, value)
+    batch = broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))
     mask = options.attn_mask
     if mask is not None and mask.dim() > 3:
-        if mask.dim() - 3 > len(batch):
-            raise ValueError(
-                "attention: attn_mask must have at most as many dimensions as the output "
-                f"({len(batch) + 3}), got {list(mask.shape)}"
-            )
+        check_mask(mask, query, (*batch, *query.shape[-3:-1], key.shape[-2]))
         options = options._replace(attn_mask=_to_four_dims(mask, batch))
     out, lse, weights = run(q, k, v, options)
     assert lse is not None
@@ -255,6 +252,9 @@ def _without_kernel(
     query: Tensor, key: Tensor, value: Tensor, options: Options, enable_gqa: bool, stock: bool
 ) -> Attended:
     """By PyTorch's own operator where that may be and has the options, else by the composite."""
+    is_strided = all(t.layout == torch.strided and not t.is_nested for t in (query, key, value))
+    if is_strided:
+        check_inputs(query, key, value, options, enable_gqa)
     mask, causal = options.attn_mask, options.is_causal
     stock = stock and options.alibi_slopes is None and options.sink is None
     stock = stock and options.softcap == 0 and options.window_left < 0 and options.window_right < 0
@@ -264,22 +264,12 @@ def _without_kernel(
         arguments = (query, key, value, mask, options.dropout_p, causal)
         out = F.scaled_dot_product_attention(*arguments, scale=options.scale, enable_gqa=enable_gqa)
         return Attended(out, None, None)
-    if any(t.is_nested or t.layout != torch.strided for t in (query, key, value)):
+    if not is_strided:
         raise NotImplementedError(
             "attention: nested and sparse inputs must come with no option beyond "
             "PyTorch's own, got one"
         )
     return attention_composite(query, key, value, options, enable_gqa)
-
-
-def _broadcast_batch(query: Tensor, key: Tensor, value: Tensor) -> torch.Size:
-    try:
-        return torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    except RuntimeError:
-        raise ValueError(
-            "attention: query, key and value must have a batch that broadcasts, got "
-            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
-        ) from None
 
 
 def _to_four_dims(tensor: Tensor, batch: torch.Size) -> Tensor:

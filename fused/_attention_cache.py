@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fused import _route
 from fused._attention import Extras, make_options, results
+from fused._attention_checks import check_device
 from fused._attention_composite import Attended, compute_dtype
 from fused._attention_function import empty_heads
 
@@ -128,5 +129,7 @@ def attention_with_kv_cache(
 
 @torch.library.register_fake("fused::attention_with_kv_cache")
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    check_device("k_cache", k_cache, q)
+    check_device("v_cache", v_cache, q)
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     return empty_heads(q, v_cache.shape[-1]), lse

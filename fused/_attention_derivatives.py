@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fused import _route
+from fused._attention_checks import check_inputs
 from fused._attention_composite import (
     NUM_TENSORS,
     Attended,
@@ -34,6 +35,7 @@ def transformed_attention(q: Tensor, k: Tensor, v: Tensor, options: Options) -> 
 
     A tile has its scores once for each example that vmap maps over.
     """
+    check_inputs(q, k, v, options)
     if _route.is_traced(q, k, v):  # lengths may be symbols
         return attention_composite(q, k, v, options)
     if options.dropout_p > 0 and options.rng is None:

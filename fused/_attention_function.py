@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused import _route
+from fused._attention_checks import check_inputs
 from fused._attention_composite import (
     NUM_TENSORS,
     Options,
@@ -80,6 +81,7 @@ def empty_heads(like: Tensor, width: int) -> Tensor:
 
 @torch.library.register_fake("fused::attention_forward")
 def _forward_results(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    check_inputs(q, k, v, Options(*options))
     rows = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
     lse = q.new_empty(rows, dtype=compute_dtype(q))
     return empty_heads(q, v.shape[-1]), lse, lse.new_empty(2, *rows)
@@ -87,7 +89,7 @@ def _forward_results(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Te
 
 @torch.library.register_fake("fused::attention_tangent")
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    out, lse, row_stats = _forward_results(q, k, v)
+    out, lse, row_stats = _forward_results(q, k, v, *options[: len(Options._fields)])
     return out, lse, row_stats, torch.empty_like(out), torch.empty_like(lse)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fused import _route
+from fused._attention_checks import check_inputs
 from fused._attention_composite import MAX_HEAD_DIM, Attended, Options, attention_composite
 from fused._attention_derivatives import transformed_attention
 from fused._attention_function import run_attention
@@ -24,6 +25,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended
     if transform is not None:
         return transformed_attention(q, k, v, options)
     if reason is not None:
+        check_inputs(q, k, v, options)
         return attention_composite(q, k, v, options)
     out, lse, _ = run_attention(q, k, v, options)
     return Attended(out, lse, None)

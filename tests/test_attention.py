@@ -190,7 +190,7 @@ def test_errors(error: type, text: str, change: str, backend: torch.device) -> N
     ("text", "key_shape", "mask_shape"),
     [
         ("query, key and value must have a batch that broadcasts, got", (3, 2, 7, 8), None),
-        ("attn_mask must have at most as many dimensions as the output", (2, 7, 8), (1, 2, 5, 7)),
+        ("attn_mask must be broadcastable to", (2, 7, 8), (1, 2, 5, 7)),
     ],
 )
 def test_errors_of_the_function(

@@ -1,0 +1,144 @@
+"""What the glue of attention's kernels refuses, refused in its words where no kernel runs.
+
+csrc/attention/attention_glue.cpp checks what reaches a kernel, and no such call comes through here:
+these are for PyTorch's operators and for traced graphs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from fused import _route
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from fused._attention_composite import Options
+
+
+def check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, options: Options, enable_gqa: bool = True
+) -> None:
+    """Of [..., H, S, D], or packed [S, H, D]: devices, dtypes, shapes, lengths and dropout_p."""
+    is_packed = options.cu_seqlens_q is not None
+    _check_operands(q, k, v, least=3 if enable_gqa else 2, most=3 if is_packed else None)
+    scores: tuple[int, ...]
+    if is_packed:
+        scores = _packed_scores(q, k, v, options)
+    elif enable_gqa:
+        _check_groups(q.shape[-3], k.shape[-3], v.shape[-3])
+        scores = (*broadcast_batch(q, k, v), *q.shape[-3:-1], k.shape[-2])
+    else:
+        scores = (*broadcast_batch(q, k, v, last=2), q.shape[-2], k.shape[-2])
+    if options.attn_mask is not None:
+        check_mask(options.attn_mask, q, scores)
+    if not 0 <= options.dropout_p <= 1:
+        raise ValueError(f"attention: dropout_p must be between 0 and 1, got {options.dropout_p}")
+
+
+def check_mask(mask: Tensor, q: Tensor, scores: Sequence[int]) -> None:
+    """That it goes with q and broadcasts to the shape of the scores."""
+    check_device("attn_mask", mask, q)
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(f"attention: attn_mask must be bool or floating, got {mask.dtype}")
+    pairs = zip(reversed(mask.shape), reversed(scores))
+    if mask.dim() > len(scores) or any(own != 1 and own != size for own, size in pairs):
+        raise ValueError(
+            f"attention: attn_mask must be broadcastable to {list(scores)}, got {list(mask.shape)}"
+        )
+
+
+def check_device(argument: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(
+            f"attention: {argument} must be on the device of q ({q.device}), got {tensor.device}"
+        )
+
+
+def broadcast_batch(query: Tensor, key: Tensor, value: Tensor, last: int = 3) -> torch.Size:
+    """The batch of all three, which is what comes before the `last` dimensions."""
+    try:
+        return torch.broadcast_shapes(*(x.shape[:-last] for x in (query, key, value)))
+    except RuntimeError:
+        rule = "a batch that broadcasts" if last == 3 else "heads that broadcast"
+        raise ValueError(
+            f"attention: query, key and value must have {rule}, got {list(query.shape)}, "
+            f"{list(key.shape)} and {list(value.shape)}"
+        ) from None
+
+
+def _check_operands(q: Tensor, k: Tensor, v: Tensor, least: int, most: int | None) -> None:
+    if not q.is_floating_point():
+        raise TypeError(f"attention: q must be floating, got {q.dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() < least or (most is not None and x.dim() > most):
+            number = f"{least} or more" if most is None else most
+            raise ValueError(
+                f"attention: {name} must have {number} dimensions, got {list(x.shape)}"
+            )
+        check_device(name, x, q)
+        if x.dtype != q.dtype:
+            raise TypeError(
+                f"attention: {name} must have the dtype of q ({q.dtype}), got {x.dtype}"
+            )
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"attention: k must have the head_dim of q ({q.shape[-1]}), got {list(k.shape)}"
+        )
+    length_dim = -2 if most is None else 0
+    if v.shape[length_dim] != k.shape[length_dim]:
+        raise ValueError(
+            f"attention: v must have the length of k ({k.shape[length_dim]}), got {list(v.shape)}"
+        )
+
+
+def _check_groups(heads: int, *groups: int) -> None:
+    for name, number in zip("kv", groups):
+        if heads % number if number else heads:
+            raise ValueError(
+                f"attention: {name} must have a number of heads that divides that of q ({heads}), "
+                f"got {number}"
+            )
+
+
+def _packed_scores(q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[int, ...]:
+    """[sequences, H, S, T], the last two of which the mask brings itself."""
+    of_q, of_k, mask = options.cu_seqlens_q, options.cu_seqlens_k, options.attn_mask
+    assert of_q is not None
+    if of_k is None:
+        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k must be given together, got one")
+    _check_cu_seqlens("cu_seqlens_q", of_q, "q", q)
+    _check_cu_seqlens("cu_seqlens_k", of_k, "k", k)
+    if of_q.shape != of_k.shape:
+        raise ValueError(
+            f"attention: cu_seqlens_k must have the size of cu_seqlens_q ({of_q.shape[0]}), "
+            f"got {of_k.shape[0]}"
+        )
+    _check_groups(q.shape[1], k.shape[1], v.shape[1])
+    extents = () if mask is None else mask.shape[-2:]
+    return (of_q.shape[0] - 1, q.shape[1], *(1,) * (2 - len(extents)), *extents)
+
+
+def _check_cu_seqlens(argument: str, cu_seqlens: Tensor, operand: str, rows: Tensor) -> None:
+    check_device(argument, cu_seqlens, rows)
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"attention: {argument} must be int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"attention: {argument} must have one dimension, and one element more than there are "
+            f"sequences, got {list(cu_seqlens.shape)}"
+        )
+    if not cu_seqlens.is_cpu or _route.is_traced(cu_seqlens):
+        return
+    values = cu_seqlens.tolist()
+    falls = any(last < first for first, last in itertools.pairwise(values))
+    if values[0] != 0 or falls or values[-1] > rows.shape[0]:
+        raise ValueError(
+            f"attention: {argument} must rise from 0 to at most the rows of {operand} "
+            f"({rows.shape[0]}), got {values}"
+        )
