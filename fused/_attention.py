@@ -289,7 +289,10 @@ def _unsupported(
         return "an input has fewer than three dimensions"
     if not 1 <= query.shape[-1] <= MAX_HEAD_DIM or not 1 <= value.shape[-1] <= MAX_HEAD_DIM:
         return f"no kernel for head_dim {query.shape[-1]} and {value.shape[-1]} (1 to 512)"
-    if max(query.shape[-2], key.shape[-2]) > _MAX_LENGTH:
+    # While a graph is traced that would be a guard, or a bound that torch.export asks for: when the
+    # graph runs, the glue refuses what is longer.
+    is_compiling = torch.compiler.is_compiling()
+    if not is_compiling and max(query.shape[-2], key.shape[-2]) > _MAX_LENGTH:
         return f"no kernel for lengths {query.shape[-2]} and {key.shape[-2]} (at most 2^30)"
     heads = (query.shape[-3], key.shape[-3], value.shape[-3])
     if enable_gqa and heads[1] != heads[2]:

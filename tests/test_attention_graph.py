@@ -211,16 +211,21 @@ def test_module_in_a_compiled_parent(dropout: float) -> None:
             torch.testing.assert_close(out, parent(x, mask))
 
 
-def test_exported_module() -> None:
-    parent = Parent().eval()
-    length = torch.export.Dim("length", min=2, max=64)
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_module(strict: bool) -> None:
+    parent, length = Parent().eval(), torch.export.Dim("length")
     program = torch.export.export(
-        parent, (torch.randn(2, 5, 16),), dynamic_shapes={"x": {1: length}}
+        parent,
+        (torch.randn(2, 5, 16), torch.randn(2, 5)),
+        dynamic_shapes={"x": {1: length}, "mask": {1: length}},
+        strict=strict,
     )
     targets = {str(node.target) for node in program.graph.nodes}
     assert "fused.attention_forward.default" in targets
-    x = torch.randn(2, 11, 16)
-    torch.testing.assert_close(program.module()(x), parent(x))
+    # There is no longest length that a caller would have to name.
+    assert all(constraint.upper > 2**40 for constraint in program.range_constraints.values())
+    x, mask = torch.randn(2, 70, 16), torch.randn(2, 70)
+    torch.testing.assert_close(program.module()(x, mask), parent(x, mask))
 
 
 def test_fake_tensors_and_subclasses_take_the_registered_op() -> None:
