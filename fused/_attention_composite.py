@@ -153,7 +153,7 @@ def dense_composite(
         scores = _final_scores(q, k, options, enable_gqa, place)
         values = _grouped(_widened(v), q, enable_gqa)
         # Rows without a key: zeros, and no gradient through the log-sum-exp of nothing.
-        blind = (scores == -math.inf).all(-1, keepdim=True)
+        blind = _blind(scores)
         logits = scores.masked_fill(blind, 0.0)
         if options.sink is not None:
             sink = options.sink.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
@@ -167,16 +167,22 @@ def dense_composite(
         return Attended((weights @ values).to(q.dtype), lse, weights.to(q.dtype))
 
 
-def attention_weights(q: Tensor, k: Tensor, lse: Tensor, options: Options) -> Tensor:
-    """The weights [B, H, S, T] that gave `lse`, in the dtype of q, with dropout applied."""
+def attention_weights(q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """The weights [B, H, S, T] of options without a sink, in the dtype of q, dropout applied."""
+    assert options.sink is None
     with _route.without_autocast(q.device.type):
         scores = _final_scores(q, k, options, True)
-        # A row without a key has nothing but scores of -inf: anything finite gives it zeros.
-        finite_lse = lse.masked_fill(lse == -math.inf, 0.0)
-        weights = torch.exp(scores - finite_lse.unsqueeze(-1))
+        # Not exp(scores - lse): beside large scores the log-sum-exp has lost what they differ by.
+        blind = _blind(scores)
+        weights = torch.softmax(scores.masked_fill(blind, 0.0), dim=-1).masked_fill(blind, 0.0)
         if options.rng is not None:
             weights = weights * dropout_mask(options, weights)
         return weights.to(q.dtype)
+
+
+def _blind(scores: Tensor) -> Tensor:
+    """[..., S, 1]: the rows without a key."""
+    return (scores == -math.inf).all(-1, keepdim=True)
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

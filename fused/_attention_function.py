@@ -38,7 +38,7 @@ def run_attention(
         out, lse = AttentionFunction.apply(q, k, v, *options)
     else:
         out, lse, _ = _route.kernels().attention_forward(q, k, v, *options)
-    weights = attention_weights(q, k, lse, options) if need_weights else None
+    weights = attention_weights(q, k, options) if need_weights else None
     return out, lse, weights
 
 

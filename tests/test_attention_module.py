@@ -134,6 +134,16 @@ def test_weights_have_the_dropout_of_the_output() -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("value", [-1e4, -1e6, -1e9, torch.finfo(torch.float32).min])
+def test_weights_beside_a_whole_row_of_large_scores(value: float) -> None:
+    (stock, ours), x, mask = twins(), torch.randn(5, 1, 8), torch.zeros(5, 5)
+    mask[0] = value
+    truth = stock(*[x.double()] * 3, attn_mask=mask.double())[1]
+    modules = ours.float(), stock.float()
+    errors = [(m(x, x, x, attn_mask=mask)[1] - truth).abs().max() for m in modules]
+    assert errors[0] <= 2 * errors[1] + 1e-6
+
+
 def test_weights_of_rows_without_keys_are_zeros() -> None:
     ours = fused.Attention(8, 2, batch_first=True)
     x = torch.randn(2, 5, 8, requires_grad=True)
