@@ -46,6 +46,7 @@ def is_packed(query: Any, key: Any, value: Any, enable_gqa: bool) -> bool:
 
 def attend_jagged(query: Any, key: Any, value: Any, options: Options) -> Attended:
     """Jagged [B, H, lengths, D] in and out; the log-sum-exp is jagged [B, H, lengths]."""
+    _check_lengths(key, value)
     options = options._replace(
         cu_seqlens_q=query.offsets().to(torch.int32), cu_seqlens_k=key.offsets().to(torch.int32)
     )
@@ -58,3 +59,21 @@ def attend_jagged(query: Any, key: Any, value: Any, options: Options) -> Attende
         return nested.transpose(1, 2)
 
     return Attended(jagged(attended.out), jagged(attended.lse.transpose(0, 1)), None)
+
+
+def _check_lengths(key: Any, value: Any) -> None:
+    """That each sequence has as many values as keys.
+
+    Tensors of offsets of their own are compared: for that a GPU is waited for, unless it is a graph
+    that is traced, which compares them, and fails, when it runs.
+    """
+    of_key, of_value = key.offsets(), value.offsets()
+    if of_key is of_value or key.shape[2] == value.shape[2]:
+        return
+    rule = "attention: value must have the lengths of key"
+    if of_key.shape != of_value.shape:
+        raise ValueError(f"{rule}, of {key.shape[0]} sequences, got {value.shape[0]}")
+    if _route.is_traced(of_key, of_value):
+        torch._assert_async((of_key == of_value).all(), f"{rule}, got others")
+    elif not torch.equal(of_key, of_value):
+        raise ValueError(f"{rule} {of_key.diff().tolist()}, got {of_value.diff().tolist()}")

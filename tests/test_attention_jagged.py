@@ -69,6 +69,22 @@ def test_in_a_compiled_graph() -> None:
         torch.testing.assert_close(compiled(q).values(), expected.values())
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_values_have_the_lengths_of_the_keys(compiled: bool) -> None:
+    attend = scaled_dot_product_attention
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    q, k, same, others, fewer = (
+        jagged(lengths, 2, 4, torch.device("cpu")).detach().transpose(1, 2)
+        for lengths in ([3, 5], [4, 6], [4, 6], [6, 4], [10])
+    )
+    expected = scaled_dot_product_attention(q, k, same)
+    torch.testing.assert_close(attend(q, k, same).values(), expected.values())
+    for v in (others, fewer):
+        with pytest.raises((ValueError, RuntimeError), match="value must have the lengths of key"):
+            attend(q, k, v)
+
+
 def test_what_is_jagged_otherwise_is_refused_or_stocks() -> None:
     q = jagged([3, 5], 2, 4, torch.device("cpu"))
     holes = torch.nested.narrow(
