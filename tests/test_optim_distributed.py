@@ -30,6 +30,7 @@ from optim_ranks import (
     train,
 )
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
@@ -235,8 +236,22 @@ def check_load(folder: Path) -> None:
         assert_same(everything(network, optimizer), after)
 
 
+def check_one_file(folder: Path) -> None:
+    """A checkpoint made whole without collectives, which know no int16."""
+    name = "AdamW-master_weights-ema_decay-max_norm"
+    dcp_to_torch_save(folder / name, folder / "whole.pt")
+    states = torch.load(folder / "whole.pt", weights_only=False)["optim"]["state"]
+    saved, _ = torch.load(folder / f"{name}.pt")
+    remainders = [key for key in saved if key.endswith(".remainder")]
+    assert len(remainders) == 6
+    for key in remainders:
+        parameter, entry = key.rsplit(".", 1)
+        assert torch.equal(states[parameter][entry], saved[key]) and saved[key].any()
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_checkpoint_of_two_ranks_on_one_and_on_four(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_save, tmp_path)
+    check_one_file(tmp_path)
     for world in (1, 4):
         on_ranks(world, tmp_path, check_load, tmp_path)

@@ -126,6 +126,44 @@ def test_gradients_are_freed(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_gradients_are_freed)
 
 
+def check_remainders() -> None:
+    """Placed in another way, and put in the place of float32 masters and back, on every rank."""
+    mesh = init_device_mesh("cpu", (2,))
+    results = []
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        p = torch.randn(5, 3).to(torch.bfloat16)
+        p = (distribute_tensor(p, mesh, [Shard(0)]) if sharded else p).requires_grad_()
+        saved: dict[str, Any] = {}
+        for step, master in enumerate(("remainder", "remainder", "float32", "remainder")):
+            optimizer = fused.AdamW([p], lr=0.1, master_weights=master)
+            optimizer.load_state_dict(saved or optimizer.state_dict())
+            if sharded:
+                scatter_remainder(optimizer, p)
+            generator = torch.Generator().manual_seed(step)
+            p.grad = torch.randn(p.shape, generator=generator).to(torch.bfloat16)
+            p.grad = distribute_tensor(p.grad, mesh, [Shard(0)]) if sharded else p.grad
+            optimizer.step()
+            kept = {"remainder": "remainder", "float32": "master"}[master]
+            assert optimizer.state[p].keys() == {"step", "exp_avg", "exp_avg_sq", kept}
+            saved = optimizer.state_dict()
+        results.append({name: whole(value) for name, value in optimizer.state[p].items()})
+        results[-1]["p"] = whole(p)
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+def scatter_remainder(optimizer: torch.optim.Optimizer, p: DTensor) -> None:
+    entry = optimizer.state[p]
+    if "remainder" in entry:
+        numbers = entry["remainder"].to(torch.int32).redistribute(p.device_mesh, [Shard(1)])
+        entry["remainder"] = numbers.to(torch.int16)
+
+
+def test_remainders(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_remainders)
+
+
 # --- The norm over ranks --------------------------------------------------------------------------
 
 

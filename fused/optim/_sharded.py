@@ -90,7 +90,13 @@ class _Shard:
         self._given = dict(self.entry)
 
     def _placed(self, other: DTensor) -> DTensor:
-        return other.redistribute(self._whole.device_mesh, self._whole.placements)
+        mesh, placements = self._whole.device_mesh, self._whole.placements
+        if other.dtype != torch.int16:
+            return other.redistribute(mesh, placements)
+        # Collectives know no int16: remainders go as the bits of a type that they know.
+        bits = _of_shards(other.to_local().view(torch.bfloat16), other)
+        moved = bits.redistribute(mesh, placements)
+        return _of_shards(moved.to_local().view(torch.int16), moved)
 
     def _open(self, whole: DTensor) -> Tensor:
         local = whole.to_local()
@@ -109,18 +115,22 @@ class _Shard:
     def _closed(self, value: object) -> object:
         if not isinstance(value, Tensor) or value.shape != self.local.shape:
             return value
-        from torch.distributed.tensor import DTensor
-
-        whole = self._whole
-        # The shape is told, for from_local would take uneven shards for even ones.
-        return DTensor.from_local(
-            value, whole.device_mesh, whole.placements, shape=whole.shape, stride=whole.stride()
-        )
+        return _of_shards(value, self._whole)
 
     def finish(self) -> None:
         # Who writes to a local tensor marks that one; the DTensor has a version of its own.
         written = [whole for whole, local, version in self._opened if local._version > version]
         torch.autograd.graph.increment_version(written)
+
+
+def _of_shards(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor of what every rank holds, placed as another."""
+    from torch.distributed.tensor import DTensor
+
+    # The shape is told, for from_local would take uneven shards for even ones.
+    return DTensor.from_local(
+        local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride()
+    )
 
 
 def total_norm(tensors: Iterable[Tensor], local_norm: Callable[[list[Tensor]], Tensor]) -> Tensor:
