@@ -46,6 +46,7 @@ TESTS = (
     "tests/test_conv.py",
     "tests/test_lstm.py",
     "tests/test_optim.py",
+    "tests/test_rotary.py",
     "tests/test_install.py",
     "-k",
     "(cpu or install) and not emulated",

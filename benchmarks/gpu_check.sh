@@ -4,8 +4,8 @@
 #   benchmarks/gpu_check.sh                      all parts, one after the other
 #   benchmarks/gpu_check.sh build tests          some of them, where one command may take ten minutes
 #
-# Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and memcheck-conv or bench-lstm,
-# say, for one op of it, each with ten minutes of its own. Uses the machine's own torch, nvcc, ninja,
+# Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and memcheck-rotary or
+# bench-lstm, say, for one file of kernel tests or one op of it, each with ten minutes of its own. Uses the machine's own torch, nvcc, ninja,
 # pybind11 and pytest; what needs another package that is not there is listed as not run. Each part
 # leaves its findings in build/gpu_check, which build empties; report gathers them in
 # benchmarks/results/<gpu>.json, from which the README's figures come.
@@ -17,6 +17,9 @@ work=$root/build/gpu_check
 python=${PYTHON:-python3}
 part_seconds=${PART_SECONDS:-570}
 ops=(attention conv lstm optim)
+# Of tests/test_<name>.py; together they launch every kernel.
+kernel_tests=(attention attention_few_queries attention_tangent attention_tensor_cores conv lstm
+  optim optim_table rotary)
 
 failed=0
 part() {
@@ -58,14 +61,16 @@ tests() {
   "$python" -m pytest -q $(ignored_tests) --junitxml="$work/tests.xml" tests
 }
 
-# The kernel tests of an op alone, small cases first; every kernel is in them. Without torch's cache
-# each tensor is an allocation of its own, with unmapped memory around it.
+# One file of kernel tests, in one dtype where they have each case in all. Without torch's cache each
+# tensor is an allocation of its own, with unmapped memory around it.
 sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here" && return 127; }
   tree_without_package
+  local wanted="cuda and float32"
+  case $2 in attention_* | optim_*) wanted=cuda ;; esac
   # shellcheck disable=SC2046
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" -m pytest -q -x $(ignored_tests) -k "cuda and float32" "tests/test_$2.py"
+    "$python" -m pytest -q -x $(ignored_tests) -k "$wanted" "tests/test_$2.py"
 }
 memcheck() { sanitize memcheck "$1"; }
 racecheck() { sanitize racecheck "$1"; }
@@ -83,11 +88,12 @@ parts_of() {
   case $1 in
     all) for each in build tests memcheck racecheck synccheck bench report; do parts_of $each; done ;;
     build | tests | report) echo "$1" ;;
-    memcheck | racecheck | synccheck | bench) printf "$1-%s\n" "${ops[@]}" ;;
+    memcheck | racecheck | synccheck) printf "$1-%s\n" "${kernel_tests[@]}" ;;
+    bench) printf "$1-%s\n" "${ops[@]}" ;;
     *)
       for each in memcheck racecheck synccheck bench; do parts_of $each; done | grep -Fx -- "$1" && return
       echo "gpu_check: part must be build, tests, memcheck, racecheck, synccheck, bench or report," \
-        "or one of the four with an op behind it (bench-lstm), got $1" >&2
+        "or one of these four with a name behind it (memcheck-rotary, bench-lstm), got $1" >&2
       return 1
       ;;
   esac

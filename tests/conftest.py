@@ -13,6 +13,8 @@ from fused.testing import emulated_cuda
 
 BACKENDS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
+on_gpus = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)
+
 _deselected = pytest.StashKey[int]()
 _CHECKED = "checked"
 _backends = pytest.StashKey[dict[str, str]]()

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import on_gpus
 from torch import Tensor
 
 from fused import _route, reference
@@ -114,7 +114,7 @@ def test_which_calls_are_split_in_the_emulator() -> None:
         assert ("attention_forward_kernel" in kernels) == (rows > 4), rows
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)
+@on_gpus
 @in_all_dtypes
 @pytest.mark.parametrize("rows", [1, 4, 5])
 def test_pages(rows: int, dtype: torch.dtype, backend: torch.device) -> None:

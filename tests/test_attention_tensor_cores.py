@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import BACKENDS
+from conftest import on_gpus
 from torch import Tensor
 
 from fused import reference
@@ -30,7 +30,6 @@ from fused.testing.cases.attention import CASES as ALL_CASES
 from fused.testing.cases.attention import LAST, RAGGED, VARLEN_CASES, AttentionCase
 from fused.testing.tf32 import Tf32Products, round_to_tf32, tf32_allowed
 
-on_gpus = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "tf32"}
 EVERY_OPTION = {"softcap": 3.0, "alibi": True, "sink": True, "return_lse": True}
 # Each instance in both passes, with more tiles of queries and of keys than there are places for in

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from conftest import on_gpus
 from optim_states import assert_equal, everything
 from torch import Tensor
 
@@ -31,12 +33,12 @@ CASES: dict[str, tuple[type, torch.dtype, Options]] = {
 }
 
 
-def make(case: str) -> tuple[list[Tensor], Any]:
+def make(case: str, device: str | torch.device = "cpu") -> tuple[list[Tensor], Any]:
     cls, dtype, options = CASES[case]
     torch.manual_seed(0)
     sizes = [1 + i % 5 for i in range(COUNT)]
     sizes[3], sizes[-1] = 8192 + 300, 0  # two chunks, and none
-    params = [torch.randn(n).to(dtype).requires_grad_() for n in sizes]
+    params = [torch.randn(n).to(device, dtype).requires_grad_() for n in sizes]
     for p in params:
         p.grad = torch.empty_like(p)
     return params, cls(params, lr=0.05, **options)
@@ -50,10 +52,9 @@ def launched(counts: dict[str, int]) -> Counter[str]:
     return names
 
 
-def run(case: str, order: str | int, *, keeps: bool) -> tuple[list[Tensor], list[Counter[str]]]:
-    """Six steps; gradients move before the fourth. What is left, and what each step launched."""
-    params, optimizer = make(case)
-    steps, old = [], []
+def six_gradients(params: list[Tensor]) -> Iterator[None]:
+    """Gradients for six steps; they move before the fourth."""
+    old = []
     for step in range(6):
         for i, p in enumerate(params):
             assert p.grad is not None
@@ -62,6 +63,14 @@ def run(case: str, order: str | int, *, keeps: bool) -> tuple[list[Tensor], list
                 p.grad = torch.empty_like(p)
             generator = torch.Generator().manual_seed(1000 * step + i)
             p.grad.copy_(torch.randn(p.shape, generator=generator))
+        yield
+
+
+def run(case: str, order: str | int, *, keeps: bool) -> tuple[list[Tensor], list[Counter[str]]]:
+    """What six steps leave, and what each one launched."""
+    params, optimizer = make(case)
+    steps = []
+    for _ in six_gradients(params):
         if not keeps:
             optimizer._kept = None
         with emulated_cuda(order) as launches:
@@ -89,6 +98,20 @@ def test_one_launch_whatever_the_number_in_the_emulator(case: str) -> None:
     if case == "everything stored":
         # A call that is repeated, as others are for it, finds its table written.
         emulator.compared_in_every_order(launches)
+
+
+@on_gpus
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_as_without_a_table(backend: torch.device, case: str) -> None:
+    results = []
+    for keeps in (True, False):
+        params, optimizer = make(case, backend)
+        for _ in six_gradients(params):
+            if not keeps:
+                optimizer._kept = None
+            optimizer.step()
+        results.append(everything(params, optimizer))
+    assert_equal(*results)
 
 
 def test_counts_that_differ_do_without_in_the_emulator() -> None:
