@@ -44,6 +44,9 @@ CASES = [
     AttentionCase("192", 1, 1, None, 66, 67, 192, is_causal=True),
     AttentionCase("256", 1, 1, None, 66, 67, 256, head_dim_v=200, window=(20, 3)),
     AttentionCase("32, options", 1, 2, 1, 70, 140, 32, mask="additive [S, T]", **EVERY_OPTION),
+    AttentionCase("32, -1e9", 1, 1, None, 34, 140, 32, mask="-1e9 [B, 1, 1, T]"),
+    AttentionCase("32, lowest", 1, 1, None, 34, 140, 32, mask="lowest [B, 1, 1, T]"),
+    AttentionCase("32, scale below 0", 1, 1, None, 34, 70, 32, scale=-0.3),
     AttentionCase("64, options", 1, 1, None, 70, 135, 64, mask="bool [S, T]", is_causal=True),
     AttentionCase("96, options", 1, 1, None, 67, 67, 88, mask="blind [S, T]", window=(50, 9)),
     AttentionCase("128, options", 1, 1, None, 67, 70, 128, mask="additive [H, 1, T]"),
@@ -63,8 +66,11 @@ def stock_of(dtype: torch.dtype) -> Run:
     return run_stock_in_tf32 if dtype == torch.float32 else run_stock
 
 
+LARGE_SCORES = AttentionCase("32, scale of 1e10", 1, 1, None, 34, 70, 32, scale=1e10)
+
+
 @on_gpus
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [*CASES, LARGE_SCORES], ids=lambda c: c.name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=DTYPES.get)
 def test_forward_and_gradients(
     case: AttentionCase, dtype: torch.dtype, backend: torch.device

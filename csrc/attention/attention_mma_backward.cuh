@@ -23,9 +23,9 @@ using BackwardTile =
     MmaTile<kGradient == MmaGradient::kQuery ? MmaPass::kQueryGradient : MmaPass::kKeyGradient, T,
             kOptions, kDim>;
 
-// What a row of queries makes of a score: p = exp_below(score, max_log2) * factor.
+// What a row of queries makes of a score: p = exp_below(score, max) * inverse_sum.
 struct RowTerms {
-  float max_log2, factor, delta;
+  float max, inverse_sum, delta;
 };
 
 template <typename T, int kDim, typename Tile>
@@ -44,9 +44,7 @@ __device__ __forceinline__ RowTerms load_row_terms(const AttentionBackwardParams
   if (row >= sequence.seqlen_q) return {0, 0, 0};
   const int64_t index = row_of_all(p, sequence, head, row);
   const RowStats<float> stats = load_row_stats<float>(p, p.row_stats, index);
-  const float max_log2 = stats.max * kLog2E;
-  return {max_log2, stats.inverse_sum * rounding_factor(stats.max, max_log2),
-          static_cast<const float*>(p.delta)[index]};
+  return {stats.max, stats.inverse_sum, static_cast<const float*>(p.delta)[index]};
 }
 
 // One block's work, and where its scores lie: own rows are queries or keys.
@@ -74,7 +72,8 @@ struct Gradients {
     const float scale = static_cast<float>(p.scale);
     for_each_element<kM, kN>([&](int m, int n, int i) {
       const RowTerms terms = terms_of(m, i / 2, n, i % 2);
-      Score<float> score{scores[m][n][i] * scale, 1.0f};
+      // Rounded as in the forward pass, not joined with the difference: the largest is the maximum.
+      Score<float> score{__fmul_rn(scores[m][n][i], scale), 1.0f};
       float keep = 1;
       if (kOptions || !whole) {
         const int32_t own = first_own + row_of_element(m, i);
@@ -88,7 +87,7 @@ struct Gradients {
           keep = dropout_scale<float>(p, sequence, head, row, column);
         }
       }
-      const float probability = exp_below(score.value, terms.max_log2) * terms.factor;
+      const float probability = exp_below(score.value, terms.max) * terms.inverse_sum;
       const auto weight = weigh_score(score, probability, keep, dots[m][n][i], terms.delta);
       scores[m][n][i] = weight.kept;
       dots[m][n][i] = weight.gradient * weight.slope;

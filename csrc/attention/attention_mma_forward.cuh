@@ -7,6 +7,8 @@
 // while the products of this one run. Who holds what: attention_mma_tile.cuh.
 #pragma once
 
+#include <cfloat>
+
 #include "attention/attention_mma_tile.cuh"
 #include "attention/attention_split.h"
 
@@ -26,11 +28,17 @@ struct ForwardMemory {
 // The softmax so far of the rows that a lane has a part of: lane / 4 + 8 * half of tile m.
 template <int kM>
 struct MmaSoftmax {
-  float max[kM][2];  // of the scores, the same in the row's four lanes
-  float sum[kM][2];  // of exp(score - max), over the lane's own columns
+  float max[kM][2];  // of the scores, at least -FLT_MAX; the same in the row's four lanes
+  float sum[kM][2];  // of exp(unit * (score - max)), over the lane's own columns
 };
 
-// Turns products into final scores, for a tile that a border or an option touches.
+// The kernels without options leave scores as the products q . k: the unit of their scores.
+template <bool kOptions>
+__device__ __forceinline__ float score_unit(const AttentionForwardParams& p) {
+  return kOptions ? 1.0f : static_cast<float>(p.scale);
+}
+
+// Turns products into scores, for a tile that a border or an option touches.
 template <bool kOptions, int kM, int kN>
 __device__ __forceinline__ void finish_scores(const AttentionForwardParams& p, const Band& band,
                                               const MmaPlace& place, int32_t first_row,
@@ -38,17 +46,20 @@ __device__ __forceinline__ void finish_scores(const AttentionForwardParams& p, c
   for_each_element<kM, kN>([&](int m, int n, int i) {
     const int32_t row = first_row + row_of_element(m, i);
     const int32_t column = first_key + column_of_element(n, i);
-    scores[m][n][i] = row < place.sequence.seqlen_q && column < place.sequence.seqlen_k
-                          ? final_score<float, kOptions>(p, place.sequence, band, place.head, row,
-                                                         column, scores[m][n][i])
-                                .value
-                          : kHiddenScore<float>;
+    const bool inside = row < place.sequence.seqlen_q && column < place.sequence.seqlen_k;
+    float& score = scores[m][n][i];
+    if (!inside || (!kOptions && !is_visible(band, row, column))) {
+      score = kHiddenScore<float>;
+    } else if (kOptions) {
+      score = final_score<float>(p, place.sequence, band, place.head, row, column, score).value;
+    }
   });
 }
 
-// Turns scores into exp(score - max), and brings what was summed up so far to the new maximum.
+// Turns scores into their weights, and brings what was summed up so far to the new maximum.
 template <int kM, int kN, int kDims>
-__device__ __forceinline__ void softmax_step(float (&scores)[kM][kN][4], MmaSoftmax<kM>& running,
+__device__ __forceinline__ void softmax_step(float unit_log2, float (&scores)[kM][kN][4],
+                                             MmaSoftmax<kM>& running,
                                              float (&result)[kM][kDims][4]) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -63,18 +74,14 @@ __device__ __forceinline__ void softmax_step(float (&scores)[kM][kN][4], MmaSoft
       }
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 1));
       max = fmaxf(max, __shfl_xor_sync(kFullWarp, max, 2));
-      // A row without a key so far has no maximum: anything finite will do, its weights are 0.
-      const float max_log2 = max == -INFINITY ? 0.0f : __fmul_rn(max, kLog2E);
-      // Both products rounded, not one of them joined with the difference: a maximum that stays
-      // has to give exactly 1.
-      factor[half] = ptx::exp2_approx(__fmul_rn(before, kLog2E) - max_log2);
       running.max[m][half] = max;
+      factor[half] = exp_below(before, max, unit_log2);
       float sum = 0;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int i = 2 * half; i < 2 * half + 2; ++i) {
-          scores[m][n][i] = exp_below(scores[m][n][i], max_log2);
+          scores[m][n][i] = exp_below(scores[m][n][i], max, unit_log2);
           sum += scores[m][n][i];
         }
       }
@@ -103,7 +110,7 @@ __device__ __forceinline__ void drop(const AttentionForwardParams& p, const MmaP
 
 // Ends the softmax: log-sum-exp and row stats of the warp's rows go to memory, and what the rows of
 // the result are to be multiplied by to `scale`.
-template <int kM>
+template <bool kOptions, int kM>
 __device__ __forceinline__ void end_softmax(const AttentionForwardParams& p, const MmaPlace& place,
                                             int32_t first_row, const MmaSoftmax<kM>& running,
                                             float (&scale)[kM][2]) {
@@ -115,10 +122,9 @@ __device__ __forceinline__ void end_softmax(const AttentionForwardParams& p, con
       float sum = running.sum[m][half];
       sum += __shfl_xor_sync(kFullWarp, sum, 1);
       sum += __shfl_xor_sync(kFullWarp, sum, 2);
-      const float max = running.max[m][half];
-      const float rounding = max == -INFINITY ? 1.0f : rounding_factor(max, max * kLog2E);
-      const RowEnd<float> end = end_row(p, place.head, max, sum * rounding);
-      scale[m][half] = end.scale * rounding;
+      const float max = running.max[m][half] * score_unit<kOptions>(p);
+      const RowEnd<float> end = end_row(p, place.head, max, sum);
+      scale[m][half] = end.scale;
       const int32_t row = first_row + row_of_element(m, 2 * half);
       if (lane % 4 == 0 && row < place.sequence.seqlen_q) {
         store_row_end(p, row_of_all(p, place.sequence, place.head, row), end);
@@ -161,7 +167,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   MmaSoftmax<kM> running;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    running.max[m][0] = running.max[m][1] = -INFINITY;
+    running.max[m][0] = running.max[m][1] = -FLT_MAX;
     running.sum[m][0] = running.sum[m][1] = 0;
   }
   if (num_tiles > 0)
@@ -172,7 +178,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     ptx::cp_async_commit();  // an empty group too, so that they can be counted
   }
 
-  const float scale = static_cast<float>(p.scale);
+  const float unit_log2 = score_unit<kOptions>(p) * kLog2E;
   for (int32_t tile = 0; tile < num_tiles; ++tile) {
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // the tile is there for all, and all are done with the one before
@@ -186,12 +192,10 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     const int stage = tile % Tile::kStages;
     float scores[kM][kN][4];
     row_products<kDim>(memory.own, warp_row, memory.k[stage], scores);
-    if (!kOptions && seen == Sight::kAll && num_keys == Tile::kOthers) {
-      for_each_element<kM, kN>([&](int m, int n, int i) { scores[m][n][i] *= scale; });
-    } else {
+    if (kOptions || seen != Sight::kAll || num_keys != Tile::kOthers) {
       finish_scores<kOptions>(p, band, place, first_row, key, scores);
     }
-    softmax_step(scores, running, result);
+    softmax_step(unit_log2, scores, running, result);
     if (kOptions && p.maybe_rng != nullptr) drop(p, place, first_row, key, scores);
     Weights<T, kM, kN> weights;
     to_weights<T>(scores, weights);
@@ -199,7 +203,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   }
 
   float row_scale[kM][2];
-  end_softmax(p, place, first_row, running, row_scale);
+  end_softmax<kOptions>(p, place, first_row, running, row_scale);
   const auto out = query_matrix<T>(p.out, p.out_strides, sequence, place.head, p.head_dim_v);
   store_rows<kDim>(out, place.own_row, memory.own, warp_row, result, row_scale);
 }

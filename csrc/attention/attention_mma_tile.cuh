@@ -215,14 +215,11 @@ __device__ __forceinline__ Sight sight(const Band& band, const Span& rows, const
   return nearest >= band.low && furthest <= band.high ? Sight::kAll : Sight::kSome;
 }
 
-// exp(score - max) in base 2, which is what the hardware has: one multiply-add and one instruction.
-// Given max * log2(e), rounded once for all of a row; what that takes from each of the row's
-// weights, rounding_factor gives back, once.
-__device__ __forceinline__ float exp_below(float score, float max_log2) {
-  return ptx::exp2_approx(std::fma(score, kLog2E, -max_log2));
-}
-__device__ __forceinline__ float rounding_factor(float max, float max_log2) {
-  return ptx::exp2_approx(-std::fma(max, kLog2E, -max_log2));
+// exp(unit * (score - max)) in base 2, which is what the hardware has, given unit * log2(e). The
+// difference comes first, though max * log2(e), rounded once, would save an instruction: of a row
+// whose first keys a mask puts at -1e9, the rounding alone is beyond what float16 holds.
+__device__ __forceinline__ float exp_below(float score, float max, float unit_log2 = kLog2E) {
+  return ptx::exp2_approx((score - max) * unit_log2);
 }
 
 }  // namespace fused

@@ -44,7 +44,7 @@ Status advance_device_steps(const OptimCommon& common, bool is_double, Stream st
 }
 
 Status advance_device_steps(const OptimCommon& common, Stream stream) {
-  if (common.num_tensors > 0 && uses_device_table(common)) {
+  if (uses_device_table(common)) {
     const OptimTensor& first = common.tensors[0];
     if (!first.step_on_device) return nullptr;
     StepTable table;

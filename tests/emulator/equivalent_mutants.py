@@ -4,6 +4,7 @@ from __future__ import annotations
 
 FORWARD, BACKWARD = "csrc/attention/attention_forward.cu", "csrc/attention/attention_backward.cu"
 TILE, SOFTMAX = "csrc/attention/attention_tile.cuh", "csrc/attention/attention_softmax.cuh"
+TANGENT = "csrc/attention/attention_tangent.cu"
 CONV, CONV_WEIGHT = "csrc/conv/conv_forward.cu", "csrc/conv/conv_backward_weight.cu"
 ACTIVATION = "csrc/conv/conv_activation.cuh"
 TABLE = "csrc/optim/tensor_table.cuh"
@@ -43,6 +44,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "< to <=",
         "row < sequence.seqlen_q && column < sequence.seqlen_k",
     ): "the row behind the last is computed from zeros and never stored",
+    (
+        TANGENT,
+        "< to <=",
+        "if (row < sequence.seqlen_q && column < sequence.seqlen_k) {",
+    ): "the row behind the last is never stored",
     (
         SOFTMAX,
         "< to <=",

@@ -74,6 +74,7 @@ TESTS = {
         "tests/test_optim_load.py",
         "tests/test_optim_tensors.py",
         "tests/test_optim_stock.py",
+        "tests/test_optim_table.py",
     ],
     "csrc/optim/*table.cu*": ["tests/test_optim.py", "tests/test_optim_table.py"],
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],

@@ -106,6 +106,13 @@ class AttentionCase:
             return mask
         if kind == "float32":
             return noise
+        if kind in ("-1e9", "lowest"):  # the first keys, more than a tile of them, by a number
+            padding = torch.arange(shape[-1], device=device).expand(shape) < shape[-1] * 2 // 3
+            if kind == "lowest":
+                return torch.zeros_like(noise, dtype=dtype).masked_fill(
+                    padding, torch.finfo(dtype).min
+                )
+            return torch.zeros_like(noise).masked_fill(padding, -1e9)
         if kind == "-inf":
             return torch.where(noise > -0.3, 0.0, -torch.inf).to(dtype)
         return noise.to(dtype)
@@ -134,6 +141,7 @@ CASES = [
     AttentionCase("head_dim 512", batch=1, heads=1, head_dim=512, rows=3, keys=34),
     AttentionCase("scale", scale=0.3),
     AttentionCase("scale 0", scale=0.0),
+    AttentionCase("scale below 0", scale=-0.3, rows=34, keys=35),
     AttentionCase("bool [S, T]", mask="bool [S, T]"),
     AttentionCase("bool [B, 1, 1, T]", mask="bool [B, 1, 1, T]"),
     AttentionCase("bool [B, H, S, T]", mask="bool [B, H, S, T]", rows=66, keys=40),
@@ -147,6 +155,8 @@ CASES = [
     AttentionCase("additive [1, H, 1, T]", mask="additive [1, H, 1, T]", rows=33, keys=65),
     AttentionCase("float32 [S, T]", mask="float32 [S, T]"),
     AttentionCase("-inf [B, 1, S, T]", mask="-inf [B, 1, S, T]"),
+    AttentionCase("-1e9 [B, 1, 1, T]", mask="-1e9 [B, 1, 1, T]", batch=1, keys=140),
+    AttentionCase("lowest [B, 1, 1, T]", mask="lowest [B, 1, 1, T]", batch=1, keys=140),
     AttentionCase("heads last", layout="heads last", rows=34, keys=34, is_causal=True),
     AttentionCase("odd strides", layout="odd strides"),
     AttentionCase("last dimension strided", layout="last dimension strided"),
