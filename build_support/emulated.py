@@ -31,8 +31,8 @@ VARIANTS: Mapping[str, Mapping[Kind, tuple[str, ...]]] = {
     "sanitized": {Kind.CUDA: _SANITIZE, Kind.EMULATOR: _SANITIZE},
     # To be compiled once and run little, as tests/emulator/mutants.py does.
     "quick": {Kind.CUDA: ("-O1",)},
-    # Optimised for debugging at most, so that a line that ran is a line that counts.
-    "coverage": {Kind.CUDA: ("--coverage", "-Og", "-g")},
+    # Not optimised, so that a line that ran is a line that counts.
+    "coverage": {Kind.CUDA: ("--coverage", "-O0", "-g")},
 }
 LINK_FLAGS: Mapping[str, tuple[str, ...]] = {
     "sanitized": ("-fsanitize=address,undefined",),
