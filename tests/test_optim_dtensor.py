@@ -289,6 +289,9 @@ def check_skip() -> None:
     after = everything(network, optimizer)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert optimizer.grad_norm is not None and optimizer.grad_norm.isinf()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.grad_norm.item() == 0
     backward(network, 2)
     quantised = fused.AdamW(network.parameters(), state_dtype="int8")
     with pytest.raises(NotImplementedError, match='state_dtype must not be "int8" for DTensor'):

@@ -85,6 +85,25 @@ def test_a_dispatch_mode_sees_the_op(cls: type, options: dict[str, Any]) -> None
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("options", [{}, {"norm_scope": "group"}], ids=str)
+def test_a_compiled_step_clips_where_gradients_are(options: dict[str, Any]) -> None:
+    results = []
+    for compiles in (False, True):
+        network, _ = make(fused.SGD, {})
+        groups = [{"params": [p]} for p in network.parameters()]
+        optimizer = fused.SGD(groups, max_norm=0.1, **options)
+        torch._dynamo.reset()
+        step = torch.compile(optimizer.step, fullgraph=True, backend="aot_eager")
+        step = step if compiles else optimizer.step
+        for with_gradients in (0, 1):
+            set_gradients(network, 0)
+            for p in list(network.parameters())[with_gradients:]:
+                p.grad = None
+            step()
+        results.append(everything(network, optimizer))
+    assert all(map(torch.equal, *results))
+
+
 def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.rand(3 + i, 2, dtype=dtype) + 0.1 for i in range(count)]
 

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from fused.optim import _state
-from fused.optim._kept import KeptStates
+from fused.optim._norms import GradientNorms, Group
 from fused.optim._options import INT8
 
-Group = dict[str, Any]
 
-
-class RegisteredStep(KeptStates):
+class RegisteredStep(GradientNorms):
     """The part of `FusedStep` that makes arguments of what a step reads."""
 
     # What a subclass says -------------------------------------------------------------------------
@@ -45,10 +43,6 @@ class RegisteredStep(KeptStates):
             "skip_nonfinite": extras.nonfinite == "skip",
             "zero_grad": extras.zero_grad,
         }
-
-    def _grad_scaler(self) -> tuple[Tensor | None, Tensor | None]:
-        """What torch.amp.GradScaler has set on this optimizer for the time of the step."""
-        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
     def _draw_rng(self, group: Group) -> Tensor | None:
         """(seed, offset) of a step's stochastic rounding, drawn on the device as dropout's is."""
