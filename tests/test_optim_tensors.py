@@ -235,6 +235,29 @@ def test_tied_and_overlapping_parameters(cls: type, backend: torch.device) -> No
     assert_all_close(step_both(cls, overlapping))
 
 
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters.*")
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.1}], ids=str)
+def test_buffers_of_tied_parameters(options: dict[str, Any], backend: torch.device) -> None:
+    """Both steps of the first one begin a buffer; under a GradScaler that skips it, the next."""
+
+    def tied() -> list[Tensor]:
+        return [leaf(torch.randn(4, device=backend))] * 2
+
+    options = {"lr": 1.0, "dampening": 0.0, **options}
+    assert_all_close(step_both(fused.SGD, tied, momentum=0.9, **options))
+    results = []
+    for is_skipped in (False, True):
+        torch.manual_seed(0)
+        params = tied()
+        optimizer = fused.SGD(params, momentum=0.9, **options)
+        for step in range(-1 if is_skipped else 0, 3):
+            optimizer.found_inf = torch.tensor(float(step < 0), device=backend)
+            set_gradients(params, max(step, 0))
+            optimizer.step()
+        results.append(params[0])
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("cls", CLASSES)
 def test_groups_added_and_edited(cls: type, backend: torch.device) -> None:
     results = []

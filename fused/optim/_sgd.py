@@ -59,12 +59,12 @@ class SGD(FusedStep, torch.optim.SGD):
         return states
 
     def _first_outcome(self, group: Group, norm: Tensor | None) -> str:
-        # A dampened buffer that a skipped step left unset must not count as begun, and whether it
-        # is skipped only the tensor knows: the one time that the host reads it.
-        return SKIPPED if self._dampens(group) and self._is_skipped(norm) else UNINITIALISED
+        # A buffer that begins apart and that a skipped step left unset must not count as begun, and
+        # whether it is skipped only the tensor knows: the one time that the host reads it.
+        return SKIPPED if self._begins_apart(group) and self._is_skipped(norm) else UNINITIALISED
 
     def _first_step(self, group: Group, norm: Tensor | None, new: NewStates, plan: Any) -> None:
-        if not self._dampens(group):
+        if not self._begins_apart(group):
             self._kernel_step(group, norm, plan=plan)  # zero times the momentum, plus the gradient
             return
         begun_now = {id(p) for p, state in new if BUFFER in state}
@@ -73,9 +73,12 @@ class SGD(FusedStep, torch.optim.SGD):
             self._kernel_step(group, norm, params=params, plan=plan, first_step=first)
 
     @staticmethod
-    def _dampens(group: Group) -> bool:
-        """Whether a first step is not that of a buffer of zeros."""
-        return group["momentum"] != 0 and group["dampening"] != 0
+    def _begins_apart(group: Group) -> bool:
+        """Whether a first step is not that of a buffer of zeros: where it is dampened, or a
+        parameter that is there twice begins its buffer twice."""
+        params = group["params"]
+        is_tied = len(set(params)) < len(params)
+        return group["momentum"] != 0 and (group["dampening"] != 0 or is_tied)
 
     def _is_skipped(self, norm: Tensor | None) -> bool:
         found_inf = self._grad_scaler()[1]
