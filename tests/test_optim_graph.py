@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -83,6 +84,30 @@ def test_a_dispatch_mode_sees_the_op(cls: type, options: dict[str, Any]) -> None
             assert log.names.count(op) == 1
     for a, b in zip(everything(*plain), everything(*watched), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", ["mode", "compiled"])
+@pytest.mark.parametrize("master", ["float32", "remainder"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_masters_of_some_parameters(cls: type, master: str, way: str) -> None:
+    """Those of 16 bits, in one group with others."""
+    results = []
+    for is_traced in (False, True):
+        network, _ = make(cls, {})
+        network.weight.data = network.weight.data.bfloat16()
+        momentum = {"momentum": 0.9} if cls is fused.SGD else {}
+        options = {"lr": 0.1, "master_weights": master, "state_dtype": "int8", "ema_decay": 0.9}
+        optimizer = cls(network.parameters(), **options, **momentum)
+        step = optimizer.step
+        if is_traced and way == "compiled":
+            torch._dynamo.reset()
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+        for index in range(3):
+            set_gradients(network, index)
+            with OperatorLog() if is_traced and way == "mode" else contextlib.nullcontext():
+                step()
+        results.append(everything(network, optimizer))
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.parametrize("options", [{}, {"norm_scope": "group"}], ids=str)

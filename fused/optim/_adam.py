@@ -11,7 +11,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused, _get_scalar_dty
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._registered import Group, number_and_tensor
+from fused.optim._registered import Group, lists_by_master, number_and_tensor
 from fused.optim._step import FusedStep, NewStates, number
 
 # Parameters, gradients, first and second moments, largest second moments, steps.
@@ -94,7 +94,7 @@ class Adam(FusedStep, torch.optim.Adam):
         max_exp_avg_sqs: list[Tensor],
         steps: list[Tensor],
         scales: list[Tensor] | None = None,
-        masters: list[Tensor] | None = None,
+        masters: list[Tensor | None] | None = None,
         emas: list[Tensor] | None = None,
     ) -> bool:
         """Fills the lists, with states made where there are none; whether any is complex."""
@@ -115,7 +115,7 @@ class Adam(FusedStep, torch.optim.Adam):
         max_exp_avg_sqs: list[Tensor] = []
         steps: list[Tensor] = []
         scales: list[Tensor] = []
-        masters: list[Tensor] = []
+        masters: list[Tensor | None] = []
         emas: list[Tensor] = []
         stock = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps)
         has_complex = self._init_group(group, *stock, scales, masters, emas)
@@ -130,7 +130,8 @@ class Adam(FusedStep, torch.optim.Adam):
         # The compiler sets `capturable` for the time of the trace, on every device.
         if torch.compiler.is_compiling():
             arguments["capturable"] = params[0].is_cuda
-        torch.ops.fused.adam_(*stock, scales, masters, emas, **arguments)
+        for lists in lists_by_master(*stock, scales, masters, emas):
+            torch.ops.fused.adam_(*lists, **arguments)
 
     def _composite_step(self, group: Group) -> None:
         lists: Lists = ([], [], [], [], [], [])

@@ -77,7 +77,7 @@ class RegisteredStep(GradientNorms):
         grads: list[Tensor],
         moments: Sequence[list[Any]],
         scales: list[Tensor],
-        masters: list[Tensor],
+        masters: list[Tensor | None],
         emas: list[Tensor],
     ) -> None:
         """Fills the lists of a registered op with the tensors of the parameters with a gradient."""
@@ -88,16 +88,32 @@ class RegisteredStep(GradientNorms):
             moment_list += [entry[name] for entry in entries]
             if self.extras.state_dtype == INT8:
                 scales += [entry[_state.scale_name(name)] for entry in entries]
-        have_master = {self.extras.master_of(p) is not None for p in params}
-        if len(have_master) > 1:
-            raise NotImplementedError(
-                f"{self._op}: params of a group must all have a master or none in a traced step, "
-                "got both 16-bit and other ones"
-            )
-        if True in have_master:
-            masters += [entry[self.extras.master_name] for entry in entries]
+        names = [self.extras.master_of(p) for p in params]
+        if any(names):
+            masters += [
+                None if name is None else entry[name]
+                for name, entry in zip(names, entries, strict=True)
+            ]
         if self.extras.ema_decay is not None:
             emas += [entry["ema"] for entry in entries]
+
+
+def lists_by_master(*lists: list[Any]) -> list[list[list[Any]]]:
+    """The lists of a registered op, the last but one its masters, as those of one call or of two:
+    for the parameters that have a master and for the others."""
+    masters = lists[-2]
+    if None not in masters:
+        return [[*lists]]
+    count = len(masters)  # `scales` is of one such length or of several
+    with_master, without = (
+        [
+            [v for i, v in enumerate(values) if (masters[i % count] is None) == lacks]
+            for values in lists
+        ]
+        for lacks in (False, True)
+    )
+    without[-2] = []
+    return [with_master, without]
 
 
 def number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:

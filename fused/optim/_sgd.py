@@ -10,7 +10,7 @@ from torch.optim.sgd import sgd as stock_sgd
 
 from fused import _route
 from fused.optim import _state
-from fused.optim._registered import Group, number_and_tensor
+from fused.optim._registered import Group, lists_by_master, number_and_tensor
 from fused.optim._step import SKIPPED, UNINITIALISED, FusedStep, NewStates, number
 
 BUFFER = "momentum_buffer"
@@ -93,7 +93,7 @@ class SGD(FusedStep, torch.optim.SGD):
         grads: list[Tensor],
         buffers: list[Tensor | None],
         scales: list[Tensor] | None = None,
-        masters: list[Tensor] | None = None,
+        masters: list[Tensor | None] | None = None,
         emas: list[Tensor] | None = None,
     ) -> bool:
         """Fills the lists, with states made where there are none; whether a gradient is sparse.
@@ -119,7 +119,7 @@ class SGD(FusedStep, torch.optim.SGD):
         grads: list[Tensor] = []
         buffers: list[Tensor | None] = []
         scales: list[Tensor] = []
-        masters: list[Tensor] = []
+        masters: list[Tensor | None] = []
         emas: list[Tensor] = []
         has_sparse_grad = self._init_group(group, params, grads, buffers, scales, masters, emas)
         if has_sparse_grad or group["differentiable"] or any(p.is_complex() for p in params):
@@ -163,7 +163,8 @@ class SGD(FusedStep, torch.optim.SGD):
         arguments = self._hyperparameters(group) | self._registered_arguments(group, norm)
         arguments["first_step"] = first_step
         arguments["lr"], arguments["tensor_lr"] = number_and_tensor(arguments["lr"])
-        torch.ops.fused.sgd_(*lists, **arguments)
+        for lists_of_call in lists_by_master(*lists):
+            torch.ops.fused.sgd_(*lists_of_call, **arguments)
 
     def _composite_step(self, group: Group) -> None:
         params: list[Tensor] = []
