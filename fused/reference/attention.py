@@ -61,7 +61,7 @@ def scaled_dot_product_attention(
         column = sink.to(dtype)[:, None, None].expand(*logits.shape[:-1], 1)
         logits = torch.cat([logits, column], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : len(columns)].masked_fill(blind, 0.0)
-    out = (weights if keep is None else weights * keep) @ v
+    out = (weights if keep is None else weights * keep.to(dtype)) @ v
     lse = torch.logsumexp(logits, dim=-1).masked_fill(blind.squeeze(-1), -math.inf)
     return (out, lse) if return_lse else out
 
@@ -74,25 +74,33 @@ def varlen_attention(
     cu_seqlens_k: Tensor,
     *,
     attn_mask: Tensor | None = None,
+    keep: Tensor | None = None,
     attend: Callable[..., Any] = scaled_dot_product_attention,
     **options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attend` for each of the packed sequences, and zeros for rows behind the last.
 
     q ``[total_q, H, D]``, k ``[total_k, G, D]``, v ``[total_k, G, Dv]``, cu_seqlens ``[B + 1]``;
-    attn_mask broadcastable to ``[B, H, S, T]``, of which a sequence has its first rows and columns.
+    attn_mask and keep broadcastable to ``[B, H, S, T]``, of which a sequence has its first rows and
+    columns.
     """
     outs, lses = [], []
+
+    def of_sequence(b: int, whole: Tensor | None, rows: int, keys: int) -> Tensor | None:
+        if whole is None:
+            return None
+        own = whole.reshape(*[1] * (4 - whole.dim()), *whole.shape)
+        own = own[b % own.shape[0]][None]
+        own = own if own.shape[2] == 1 else own[:, :, :rows]
+        return own if own.shape[3] == 1 else own[..., :keys]
+
     for b in range(len(cu_seqlens_q) - 1):
         rows, keys = (slice(*cu[b : b + 2].tolist()) for cu in (cu_seqlens_q, cu_seqlens_k))
         operands = [x.transpose(0, 1)[None] for x in (q[rows], k[keys], v[keys])]
-        mask = attn_mask
-        if mask is not None:
-            mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
-            mask = mask[b % mask.shape[0]][None]
-            mask = mask if mask.shape[2] == 1 else mask[:, :, : operands[0].shape[2]]
-            mask = mask if mask.shape[3] == 1 else mask[..., : operands[1].shape[2]]
-        result = attend(*operands, attn_mask=mask, **options)
+        extents = operands[0].shape[2], operands[1].shape[2]
+        if keep is not None:
+            options["keep"] = of_sequence(b, keep, *extents)
+        result = attend(*operands, attn_mask=of_sequence(b, attn_mask, *extents), **options)
         out, lse = result if isinstance(result, tuple) else (result, None)
         outs.append(out[0].transpose(0, 1))
         lses += [] if lse is None else [lse[0]]

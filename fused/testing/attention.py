@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fused import reference
+from fused._attention_composite import Options, draw_rng, dropout_mask
 from fused.functional import (
     attention_with_kv_cache,
     scaled_dot_product_attention,
@@ -26,6 +28,7 @@ from fused.testing.tf32 import Tf32Products
 # By name: the kernels', the definition's and stock's.
 Results = dict[str, tuple[Tensor, Tensor, Tensor]]
 Run = Callable[..., dict[str, Tensor]]
+_DROPOUT_SEED = 3
 _STOCK_OPTIONS = {"attn_mask", "is_causal", "scale", "enable_gqa"}
 
 
@@ -78,15 +81,30 @@ def _cast(tensors: list[Tensor], options: dict, dtype: torch.dtype) -> tuple[lis
 def run_reference(
     tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
 ) -> dict[str, Tensor]:
-    kept = {k: v for k, v in options.items() if k != "enable_gqa"}
-    tensors, kept = _cast(tensors, kept, torch.float64)
-    return run(_definition(options), tensors, kept, given)
+    tensors, options = _cast(tensors, options, torch.float64)
+    return _run_definition(tensors, options, given, run)
 
 
-def _definition(options: dict) -> Callable:
-    if "cu_seqlens_q" in options:
-        return reference.varlen_attention
-    return reference.scaled_dot_product_attention
+def _run_definition(
+    tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable, **others: Any
+) -> dict[str, Tensor]:
+    packed = "cu_seqlens_q" in options
+    function = reference.varlen_attention if packed else reference.scaled_dot_product_attention
+    if options.get("dropout_p"):
+        function = functools.partial(function, keep=_kept_by_fused(tensors, options))
+    kept = {k: v for k, v in options.items() if k not in ("enable_gqa", "dropout_p")}
+    return run(function, tensors, kept | others, given)
+
+
+def _kept_by_fused(tensors: list[Tensor], options: dict) -> Tensor:
+    """Dropout's factors in `run_fused`, [B, H, S, T]."""
+    torch.manual_seed(_DROPOUT_SEED)
+    q, k, _ = tensors
+    drawn = Options(rng=draw_rng(q.device), dropout_p=options["dropout_p"])
+    if "cu_seqlens_q" not in options:
+        return dropout_mask(drawn, q.new_empty(*q.shape[:-1], k.shape[-2]))
+    sequences = len(options["cu_seqlens_q"]) - 1
+    return dropout_mask(drawn, q.new_empty(sequences, q.shape[1], q.shape[0], k.shape[0]))
 
 
 def run_stock(
@@ -106,17 +124,15 @@ def run_stock(
             options = options | {"attend": F.scaled_dot_product_attention}
             return run(reference.varlen_attention, tensors, options, given)
         return run(F.scaled_dot_product_attention, tensors, options, given)
-    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": dtype}
-    return run(_definition(options), tensors, kept, given)
+    return _run_definition(tensors, options, given, run, dtype=dtype)
 
 
 def run_stock_in_tf32(
     tensors: list[Tensor], options: dict, given: list[Tensor], run: Callable = _run
 ) -> dict[str, Tensor]:
     """The definition in float32, with the products that stock takes where tf32 is allowed."""
-    kept = {k: v for k, v in options.items() if k != "enable_gqa"} | {"dtype": torch.float32}
     with Tf32Products():
-        return run(_definition(options), tensors, kept, given)
+        return _run_definition(tensors, options, given, run, dtype=torch.float32)
 
 
 def run_fused(
@@ -125,6 +141,7 @@ def run_fused(
     """All results for some gradients of them; or, with `run_tangents`, for tangents of inputs."""
     packed = "cu_seqlens_q" in options
     function = varlen_attention if packed else scaled_dot_product_attention
+    torch.manual_seed(_DROPOUT_SEED)
     return run(function, tensors, options, given)
 
 
