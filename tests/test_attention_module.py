@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fused
 from fused import reference
+from fused.testing.dispatch import OperatorLog
 
 CONSTRUCTORS = [
     {},
@@ -238,6 +239,19 @@ def test_state_dict_repr_copies_and_pickles() -> None:
     for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), loaded):
         assert type(twin) is fused.Attention
         assert torch.equal(twin.eval()(x, x, x, need_weights=False)[0], expected)
+
+
+@pytest.mark.parametrize(("key", "products"), [("self", 1), ("value", 2), ("different", 3)])
+def test_nothing_is_computed_that_nobody_asked_for(key: str, products: int) -> None:
+    module, x, y = fused.Attention(8, 2, batch_first=True), *torch.randn(2, 2, 5, 8).unbind()
+    inputs = {"self": (x, x, x), "value": (x, y, y), "different": (x, y, y.clone())}[key]
+    of_weights = {"aten.bmm.default", "aten._softmax.default"}
+    for need_weights in (False, True):
+        with OperatorLog() as log:
+            module(*inputs, need_weights=need_weights)
+        assert log.names.count("aten.addmm.default") == products + 1  # and the output's
+        assert log.names.count("fused.attention_forward.default") == 1
+        assert of_weights & {*log.names} == (of_weights if need_weights else set())
 
 
 def test_parametrized_and_cast_modules() -> None:
