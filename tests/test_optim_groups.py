@@ -11,6 +11,7 @@ from test_optim_tensors import CLASSES, OPTIONS, leaf, set_gradients
 from torch import Tensor
 
 import fused
+from fused.testing.dispatch import OperatorLog
 
 EXTRAS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -154,6 +155,18 @@ def test_a_tensor_replaced_during_a_step(cls: type, backend: torch.device) -> No
     del optimizer._kernel_call
     optimizer.step()
     assert torch.equal(params[0], before[0][0]) and not torch.equal(params[1], before[0][1])
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_group_that_fails_under_a_mode(cls: type) -> None:
+    """Has no states that it had not before."""
+    params = [leaf(torch.ones(4)), leaf(torch.ones(4))]
+    optimizer = cls(params, **OPTIONS[cls])
+    set_gradients(params, 0)
+    params[1].data = torch.ones(3)
+    with pytest.raises(ValueError, match="grad must have the shape"), OperatorLog():
+        optimizer.step()
+    assert not optimizer.state and torch.equal(params[0], torch.ones(4))
 
 
 def test_stock_steps_come_before_any_other(backend: torch.device) -> None:

@@ -104,10 +104,13 @@ def test_a_skipped_step_changes_nothing(
     assert_equal(snapshot(params, optimizer), snapshot(straight, other))
 
 
+@pytest.mark.parametrize("norm_scope", ["global", "group"])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_an_error_changes_nothing(cls: type, backend: torch.device) -> None:
+def test_an_error_changes_nothing(cls: type, norm_scope: str, backend: torch.device) -> None:
     params = leaves(backend)
-    optimizer = cls(params, **OPTIONS[cls], nonfinite="error", zero_grad=True)
+    groups = [{"params": params[:1]}, {"params": params[1:]}]
+    extras = {"nonfinite": "error", "norm_scope": norm_scope, "zero_grad": True}
+    optimizer = cls(groups, **OPTIONS[cls], **extras)
     set_gradients(params, 0)
     optimizer.step()
     set_gradients(params, 1)
@@ -153,6 +156,41 @@ def test_clipping_under_a_gradient_scale(cls: type, zero_grad: bool, backend: to
             plain.step()
             assert torch.equal(scaled.grad_norm, plain.grad_norm)
     assert_equal(snapshot(params, scaled), snapshot(straight, plain))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_errors_are_not_those_that_a_scaler_handles(cls: type, backend: torch.device) -> None:
+    """GradScaler skips what it has found, and looks for a scale without overflow; what is not
+    finite although it found nothing is an error."""
+    params = leaves(backend)
+    optimizer = cls(params, **OPTIONS[cls], nonfinite="error")
+    scaler = torch.amp.GradScaler(backend.type, init_scale=256.0)
+    for step in range(3):
+        scaler.scale(sum((p * step).sum() for p in params)).backward()
+        if step == 1:
+            params[0].grad[0, 0] = math.inf
+        before = snapshot(params, optimizer)
+        scaler.step(optimizer)
+        if step == 1:
+            assert_equal(before, snapshot(params, optimizer))
+            assert optimizer.grad_norm.isinf()
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() == 128.0 and not torch.equal(before[0], params[0].detach())
+    optimizer.found_inf = torch.tensor(0.0, device=backend)
+    params[0].grad = torch.full_like(params[0], math.nan)
+    with pytest.raises(RuntimeError, match="gradients must be finite"):
+        optimizer.step()
+
+
+def test_a_group_that_is_refused_is_not_kept() -> None:
+    params = leaves(torch.device("cpu"), torch.bfloat16)
+    optimizer = fused.AdamW(params[:1], master_weights="remainder")
+    with pytest.raises(ValueError, match="params must be bfloat16 for master_weights"):
+        optimizer.add_param_group({"params": [params[1].detach().half()]})
+    assert [group["params"] for group in optimizer.param_groups] == [params[:1]]
+    optimizer.add_param_group({"params": params[1:]})
+    assert len(optimizer.param_groups) == 2
 
 
 def test_zero_grad_with_gradients_that_share_memory(backend: torch.device) -> None:

@@ -154,6 +154,13 @@ def test_averaged(cls: type, backend: torch.device) -> None:
             assert p.numel() == 0 or not torch.equal(p.detach(), old)
         assert torch.equal(idle.detach(), torch.ones_like(idle))
     assert all(torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True))
+    with pytest.raises(KeyboardInterrupt), optimizer.averaged():
+        raise KeyboardInterrupt
+    assert all(torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True))
+    optimizer.state[params[1]]["ema"] = torch.ones(2, device=backend)
+    with pytest.raises(RuntimeError, match="must match"), optimizer.averaged():
+        pass
+    assert all(torch.equal(p.detach(), old) for p, old in zip(params, before, strict=True))
     with (
         pytest.raises(ValueError, match="ema_decay must be given for averaged"),
         cls(params).averaged(),

@@ -56,6 +56,21 @@ class KeptStates(Optimizer):
                 for p, value in kept.items():
                     p.copy_(value)
 
+    @contextlib.contextmanager
+    def _states_kept_by(self, params: list[Tensor]) -> Iterator[None]:
+        """Gives parameters the states back that they had, where what is within fails."""
+        before = [(p, dict(self.state[p]) if p in self.state else None) for p in params]
+        try:
+            yield
+        except BaseException:
+            for p, entry in before:
+                if entry is None:
+                    self.state.pop(p, None)
+                else:
+                    self.state[p].clear()
+                    self.state[p].update(entry)
+            raise
+
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {_EXTRAS: self.extras, "grad_norm": self.grad_norm}
 

@@ -27,6 +27,11 @@ class GradientNorms(KeptStates):
         """What torch.amp.GradScaler has set on this optimizer for the time of the step."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
 
+    def _found_inf(self) -> bool:
+        """Whether a GradScaler has found what makes it skip this step. The host waits for it."""
+        found_inf = self._grad_scaler()[1]
+        return found_inf is not None and found_inf.item() != 0
+
     def _kept_groups(self) -> Any:
         """What the extension keeps of this optimizer's groups from one step to the next."""
         kernels = _route.kernels()
@@ -57,7 +62,8 @@ class GradientNorms(KeptStates):
         else:
             self.grad_norm = norms[0]
             norms *= len(groups)
-        if extras.nonfinite == "error" and not self.grad_norm.isfinite().all():
+        is_error = extras.nonfinite == "error" and not self.grad_norm.isfinite().all()
+        if is_error and not self._found_inf():
             raise RuntimeError(
                 f'{self._op}: gradients must be finite with nonfinite="error", '
                 f"got a norm of {self.grad_norm.tolist()}"

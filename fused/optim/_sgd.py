@@ -81,8 +81,7 @@ class SGD(FusedStep, torch.optim.SGD):
         return group["momentum"] != 0 and (group["dampening"] != 0 or is_tied)
 
     def _is_skipped(self, norm: Tensor | None) -> bool:
-        found_inf = self._grad_scaler()[1]
-        if found_inf is not None and found_inf.item() != 0:
+        if self._found_inf():
             return True
         return self.extras.nonfinite == "skip" and norm is not None and not norm.isfinite().item()
 

@@ -11,9 +11,8 @@ was gathered is kept for the next step, which looks whether every tensor is stil
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,9 +64,10 @@ class FusedStep(RegisteredStep):
         norm_scope: "global" for the norm over all groups, "group" for each group by itself
             (`grad_norm` has one element for each group).
         nonfinite: what a norm that is NaN or infinite does. "propagate": what the maths gives.
-            "error": RuntimeError, with nothing changed; the host waits for the norm. "skip":
-            parameters, states, step counts and averages stay as they are. On CUDA this keeps the
-            step counts on the device, so that the host need not know.
+            "error": RuntimeError, with nothing changed; the host waits for the norm. What a
+            GradScaler has found is not one, but skipped as ever. "skip": parameters, states, step
+            counts and averages stay as they are. On CUDA this keeps the step counts on the device,
+            so that the host need not know.
         zero_grad: gradients are set to 0 in the same pass, in a skipped step too.
         ema_decay: keeps a moving average of the parameters in the same pass, `ema = decay * ema +
             (1 - decay) * p` after each step that changes p, from p as it was before the first. It
@@ -233,7 +233,9 @@ class FusedStep(RegisteredStep):
             for s in self._new_states(group)
         ]
         plan = _route.kernels().StepPlan()
-        with self._begun(new):
+        with self._states_kept_by([p for p, _ in new]):
+            for p, state in new:
+                _state.begin(self.state[p], state)
             for group, norm, outcome in steps:
                 if outcome is None:
                     self._kernel_step(group, norm, plan=plan)
@@ -241,30 +243,14 @@ class FusedStep(RegisteredStep):
                     self._first_step(group, norm, new, plan)
             for group, norm, outcome in steps:
                 if outcome == MODE:
-                    self._registered_step(group, norm)
+                    with self._states_kept_by(group["params"]):
+                        self._registered_step(group, norm)
                 elif outcome in _REASONS:
                     self._unscaled_composite_step(group)
         plan.make()
         for group, _, outcome in steps:
             if outcome == SKIPPED:
                 self._clear_gradients(group)
-
-    @contextlib.contextmanager
-    def _begun(self, new: NewStates) -> Iterator[None]:
-        """Gives parameters their new states, and takes them back where what is within fails."""
-        before = [(p, dict(self.state[p]) if p in self.state else None) for p, _ in new]
-        for p, state in new:
-            _state.begin(self.state[p], state)
-        try:
-            yield
-        except BaseException:
-            for p, entry in before:
-                if entry is None:
-                    self.state.pop(p, None)
-                else:
-                    self.state[p].clear()
-                    self.state[p].update(entry)
-            raise
 
     def _traced_step(self) -> None:
         for group, norm in zip(self.param_groups, self._norms(), strict=True):
@@ -324,8 +310,8 @@ class FusedStep(RegisteredStep):
 
     def _unscaled_composite_step(self, group: Group) -> None:
         """Stock's functions know no GradScaler outside their fused form."""
-        grad_scale, found_inf = self._grad_scaler()
-        if found_inf is not None and found_inf.item() != 0:
+        grad_scale = self._grad_scaler()[0]
+        if self._found_inf():
             return
         if grad_scale is not None:
             for parameter in group["params"]:
