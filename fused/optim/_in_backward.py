@@ -48,7 +48,8 @@ def step_in_backward(
     has a gradient left: parameters that were frozen or not yet in a group at this call.
 
     Every backward pass is a step, so gradients cannot be accumulated over several, and
-    `torch.amp.GradScaler`, which looks at gradients after the backward pass, finds none.
+    `torch.amp.GradScaler`, which looks at gradients after the backward pass, finds none. Hooks of
+    `register_step_pre_hook` and `register_step_post_hook` are not called: no `step()` runs.
 
     Args:
         model: wrapped by `fully_shard` before this call, or by DistributedDataParallel after it
