@@ -78,7 +78,13 @@ TESTS = {
     ],
     "csrc/optim/*table.cu*": ["tests/test_optim.py", "tests/test_optim_table.py"],
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
-    "common": ["tests/test_attention.py", "tests/test_optim.py"],
+    "common": [
+        "tests/test_attention.py",
+        "tests/test_optim.py",
+        "tests/test_conv.py",
+        "tests/test_lstm.py",
+        "tests/test_rotary.py",
+    ],
 }
 FOLDERS = [name for name in TESTS if "/" not in name]
 
