@@ -17,6 +17,12 @@ namespace fused::optim_bindings {
 
 namespace py = pybind11;
 
+// The parameters of a group, whatever sequence its user has made of them; itself where it is a
+// list.
+inline py::list listed(const py::handle& params) {
+  return py::list(py::reinterpret_borrow<py::object>(params));
+}
+
 // One of a group's parameters, which users edit between steps: not assumed to be a tensor.
 inline const at::Tensor& parameter(const py::handle& object) {
   if (!THPVariable_Check(object.ptr())) {

@@ -184,7 +184,7 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
   const KeptGroup::Purpose purpose{&names, common.master_name, common.has_ema, options.capturable,
                                    options.writes_grads()};
   PlannedStep step(rule, KeptGroups::Loan(kept_groups, params_object.ptr()));
-  const py::list params(params_object);  // itself, where it is one
+  const py::list params = listed(params_object);
   KeptGroup& kept = *step.kept();
   if (kept.purpose == purpose && !kept.step.may_be_skipped(options) &&
       is_as_kept(kept.step, params, state, names, common)) {
@@ -289,18 +289,13 @@ inline at::Tensor bound_total_norm(const Tensors& tensors,
   return total_norm(tensors, grad_scale);
 }
 
-// The parameters of a group, whatever sequence its user has made of them.
-inline py::list listed(const py::handle& params) {
-  return py::list(py::reinterpret_borrow<py::object>(params));
-}
-
 // The norm of the gradients of all parameters in `groups`, a list of sequences.
 inline at::Tensor gradient_norm(const py::list& groups,
                                 const std::optional<at::Tensor>& grad_scale) {
   Tensors grads;
   for (const py::handle& group : groups) {
     for (const py::handle& object : listed(group)) {
-      const at::Tensor& grad = parameter(object).grad();
+      const at::Tensor& grad = gradient_of(parameter(object));
       if (grad.defined()) grads.push_back(grad);
     }
   }
