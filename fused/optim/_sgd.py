@@ -77,8 +77,9 @@ class SGD(FusedStep, torch.optim.SGD):
         """Whether a first step is not that of a buffer of zeros: where it is dampened, or a
         parameter that is there twice begins its buffer twice."""
         params = group["params"]
-        is_tied = len(set(params)) < len(params)
-        return group["momentum"] != 0 and (group["dampening"] != 0 or is_tied)
+        return group["momentum"] != 0 and (
+            group["dampening"] != 0 or len(set(params)) < len(params)
+        )
 
     def _is_skipped(self, norm: Tensor | None) -> bool:
         if self._found_inf():
