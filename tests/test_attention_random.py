@@ -82,7 +82,7 @@ def random_cases(
         heads_kv=heads_kv,
         rows=rows,
         keys=keys,
-        # Tensor cores take multiples of 8.
+        # Tensor cores take multiples of 8, and others padded.
         head_dim=head_dims[0],
         head_dim_v=head_dims[1],
         mask=pick.choice(MASKS),

@@ -38,6 +38,8 @@ CASES = [
     AttentionCase("32", 1, 2, 1, 140, 150, 32, window=(90, 70)),
     AttentionCase("64", 1, 1, None, 133, 135, 64, is_causal=True),
     AttentionCase("64, padded", 1, 1, None, 5, 70, 40, head_dim_v=8),
+    AttentionCase("64, odd", 2, 2, 1, 9, 70, 33, head_dim_v=50, layout="heads last", scale=0.3),
+    AttentionCase("32, one", 1, 2, 1, 70, 9, 1, mask="additive [S, T]", **EVERY_OPTION),
     AttentionCase("96", 1, 1, None, 131, 70, 96, window=(30, 40)),
     AttentionCase("128", 1, 2, 1, 70, 99, 128, is_causal=True, causal_alignment=LAST),
     AttentionCase("128, padded", 1, 1, None, 9, 40, 104, layout="heads last"),
@@ -105,20 +107,25 @@ def test_what_they_take_in_the_emulator() -> None:
     assert launched([q, q, q]) == MMA
     assert launched([q.bfloat16()] * 3) == MMA
     assert launched([draw(2, 5, 1, 16).transpose(1, 2)] * 3) == MMA
+    # Head dims of no whole 16 bytes are padded.
+    assert launched([draw(1, 1, 5, 12)] * 3) == MMA
+    assert launched([draw(1, 1, 5, 1)] * 3) == MMA
+    assert launched([q, q, draw(1, 2, 5, 12)]) == MMA
+    assert launched([draw(1, 2, 5, 17), draw(1, 2, 5, 17), q]) == MMA
     # A stride that is never used, because there is one of it, may be anything.
     assert launched([draw(1, 1, 85).as_strided((1, 1, 5, 16), (85, 85, 16, 1))] * 3) == MMA
     for others in (
         [q.float()] * 3,
         [draw(1, 1, 5, 264)] * 3,
-        [draw(1, 1, 5, 12)] * 3,
-        [q, q, draw(1, 2, 5, 12)],
+        [draw(1, 1, 5, 257)] * 3,
         [draw(1, 2, 5, 17)[..., :16], q, q],
         [q, draw(1, 2, 5, 17)[..., :16], q],
         [q, q, draw(1, 2, 5, 17)[..., :16]],
         [draw(1, 2, 5, 24)[..., 4:20], q, q],
     ):
         assert launched(others) == PORTABLE, [t.shape for t in others]
-    assert launched([q, q, q], architecture=75) == PORTABLE
+    for old in (q, draw(1, 2, 5, 12)):
+        assert launched([old, old, old], architecture=75) == PORTABLE
     # An unaligned gradient of the output is the backward pass's alone.
     leaf = draw(2, 2, 5, 16).requires_grad_()
     with emulated_cuda() as launches:
@@ -205,8 +212,11 @@ def test_what_no_row_of_a_tile_sees_is_not_read(
 
 
 @on_gpus
-def test_the_same_bits_in_any_batch(dtype: torch.dtype, backend: torch.device) -> None:
-    case = AttentionCase("", 3, 2, 1, 40, 70, 16, is_causal=True, causal_alignment=LAST)
+@pytest.mark.parametrize("head_dim", [16, 18])
+def test_the_same_bits_in_any_batch(
+    head_dim: int, dtype: torch.dtype, backend: torch.device
+) -> None:
+    case = AttentionCase("", 3, 2, 1, 40, 70, head_dim, is_causal=True, causal_alignment=LAST)
     tensors, options = case.make(dtype, backend)
     grads_out = draw_grads(tensors)
     together, again = (run_fused(tensors, options, grads_out) for _ in range(2))
@@ -342,11 +352,11 @@ def test_what_they_take_in_tf32_in_the_emulator() -> None:
     with tf32_allowed():
         assert launched([q, q, floats(1, 2, 5, 128)]) == MMA
         assert launched([floats(1, 2, 5, 20)[..., 4:16], q, q]) == MMA
+        assert launched([floats(1, 1, 5, 14)] * 3) == MMA
         for others in (
             [q.double()] * 3,
             [floats(1, 1, 5, 132)] * 3,
             [q, q, floats(1, 2, 5, 132)],
-            [floats(1, 1, 5, 14)] * 3,
             [floats(1, 2, 5, 14)[..., :12], q, q],
             [floats(1, 2, 5, 16)[..., 1:13], q, q],
         ):

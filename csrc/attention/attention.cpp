@@ -47,7 +47,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   fill_problem(params, q, k, v,
                {attn_mask, alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p,
                 is_causal, scale, softcap, window_left, window_right});
-
+  const int64_t multiple = FUSED_DISPATCH(q, attention_pad_multiple, params);
+  if (multiple > 1) {
+    const auto [out, lse, row_stats] = attention_forward(
+        padded_rows(q, multiple), padded_rows(k, multiple), padded_rows(v, multiple), attn_mask,
+        alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, params.scale,
+        softcap, window_left, window_right);
+    return {unpadded_rows(out, v.size(-1)), lse, row_stats};
+  }
   const Results results = make_results(params, q, v.size(-1));
   if (results.lse.numel() > 0) check_status(kOp, FUSED_DISPATCH(q, attention_forward, params));
   return {results.out, results.lse, results.row_stats};
@@ -87,6 +94,18 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
   if (grad_lse_in) {
     check_shape(kOp, "grad_lse", *grad_lse_in, rows_shape(q));
     check_compute_dtype("grad_lse", *grad_lse_in, q);
+  }
+  const int64_t multiple = FUSED_DISPATCH(q, attention_pad_multiple, params);
+  if (multiple > 1) {
+    auto grads = attention_backward(
+        padded_rows(grad_out_in, multiple), grad_lse_in, padded_rows(q, multiple),
+        padded_rows(k, multiple), padded_rows(v, multiple), padded_rows(out_in, multiple),
+        row_stats_in, attn_mask, alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p,
+        is_causal, params.scale, softcap, window_left, window_right, needs);
+    std::get<0>(grads) = unpadded_rows(std::get<0>(grads), q.size(-1));
+    std::get<1>(grads) = unpadded_rows(std::get<1>(grads), k.size(-1));
+    std::get<2>(grads) = unpadded_rows(std::get<2>(grads), v.size(-1));
+    return grads;
   }
   const bool needs_mask = needs[3] && params.mask.kind == MaskKind::kAdditive;
   const bool needs_slopes = needs[4] && alibi_slopes, needs_sink = needs[5] && sink;

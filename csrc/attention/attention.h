@@ -148,6 +148,11 @@ inline const char* attention_unsupported(const AttentionProblem& problem) {
   return nullptr;
 }
 
+// What head dims had better be multiples of, padded with zeros; 1 if this problem is well as it is.
+inline int32_t attention_pad_multiple_cpu(const AttentionProblem&) { return 1; }
+int32_t attention_pad_multiple_cuda(const AttentionForwardParams& params, Stream);
+int32_t attention_pad_multiple_cuda(const AttentionBackwardParams& params, Stream);
+
 Status attention_forward_cpu(const AttentionForwardParams& params);
 Status attention_forward_cuda(const AttentionForwardParams& params, Stream stream);
 Status attention_tangent_cpu(const AttentionTangentParams& params);

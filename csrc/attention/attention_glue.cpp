@@ -1,6 +1,7 @@
 #include "attention/attention_glue.h"
 
 #include <ATen/Context.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 
@@ -149,6 +150,16 @@ HeadStrides head_strides(const at::Tensor& tensor) {
 
 at::Tensor with_contiguous_rows(const at::Tensor& tensor) {
   return tensor.size(-1) <= 1 || tensor.stride(-1) == 1 ? tensor : tensor.contiguous();
+}
+
+at::Tensor padded_rows(const at::Tensor& tensor, int64_t multiple) {
+  const int64_t rest = tensor.size(-1) % multiple;
+  return rest == 0 ? tensor : at::constant_pad_nd(tensor, {0, multiple - rest});
+}
+
+at::Tensor unpadded_rows(const at::Tensor& tensor, int64_t width) {
+  if (tensor.size(-1) <= width) return tensor;  // or none, where it was not needed
+  return empty_heads(tensor, width).copy_(tensor.narrow(-1, 0, width));
 }
 
 at::Tensor empty_heads(const at::Tensor& tensor, int64_t width) {

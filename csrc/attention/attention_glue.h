@@ -36,6 +36,11 @@ HeadStrides head_strides(const at::Tensor& tensor);
 // Kernels ask for a contiguous last dimension and take any other stride.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor);
 
+// With zeros behind each row, to the next width that is a multiple; and what such a result is
+// worth.
+at::Tensor padded_rows(const at::Tensor& tensor, int64_t multiple);
+at::Tensor unpadded_rows(const at::Tensor& tensor, int64_t width);
+
 // Like `tensor`, with rows of `width`, laid out as [batch, length, heads, width]: what the layer
 // after an attention reads in order. Not a view, which nobody could change in place once it has a
 // derivative.

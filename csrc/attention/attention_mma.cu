@@ -1,5 +1,8 @@
 // Which problems the tensor-core kernels take, and which of them runs one.
+#include <algorithm>
+
 #include "attention/attention_mma.h"
+#include "attention/attention_split.h"
 
 namespace fused {
 namespace {
@@ -37,16 +40,26 @@ bool has_mma_dtype(const AttentionProblem& p) {
          (p.dtype == DType::kFloat32 && p.allow_tf32);
 }
 
+// Whether there is an instance for such elements, heads and keys, wherever their rows lie.
+bool has_instance(const AttentionProblem& p) {
+  return has_mma_dtype(p) &&
+         std::max(p.head_dim, p.head_dim_v) <= mma_limits(p.dtype).max_head_dim &&
+         p.maybe_block_table == nullptr && attention_mma_compiled();
+}
+
+bool has_whole_packs(const AttentionProblem& p) {
+  const int32_t pack = mma_limits(p.dtype).pack;
+  return p.head_dim % pack == 0 && p.head_dim_v % pack == 0;
+}
+
 // The part that the forward and the backward pass share.
 bool supported(const AttentionProblem& p) {
-  const MmaLimits limits = mma_limits(p.dtype);
-  const auto fits = [&](int32_t dim) {
-    return dim <= limits.max_head_dim && dim % limits.pack == 0;
-  };
-  return has_mma_dtype(p) && fits(p.head_dim) && fits(p.head_dim_v) &&
-         p.maybe_block_table == nullptr && query_aligned(p, p.q, p.q_strides) &&
-         key_aligned(p, p.k, p.k_strides) && key_aligned(p, p.v, p.v_strides) &&
-         attention_mma_compiled();
+  return has_instance(p) && has_whole_packs(p) && query_aligned(p, p.q, p.q_strides) &&
+         key_aligned(p, p.k, p.k_strides) && key_aligned(p, p.v, p.v_strides);
+}
+
+int32_t pad_multiple(const AttentionProblem& p) {
+  return has_instance(p) && !has_whole_packs(p) ? mma_limits(p.dtype).pack : 1;
 }
 
 }  // namespace
@@ -61,6 +74,15 @@ bool attention_mma_supported(const AttentionBackwardParams& p) {
          query_aligned(p, p.maybe_grad_q, p.grad_q_strides) &&
          key_aligned(p, p.maybe_grad_k, p.grad_k_strides) &&
          key_aligned(p, p.maybe_grad_v, p.grad_v_strides);
+}
+
+// Few queries are split over the keys, which takes any head dim.
+int32_t attention_pad_multiple_cuda(const AttentionForwardParams& p, Stream) {
+  const bool all_split = p.maybe_cu_seqlens_q == nullptr && split_partials(p) > 0;
+  return all_split ? 1 : pad_multiple(p);
+}
+int32_t attention_pad_multiple_cuda(const AttentionBackwardParams& p, Stream) {
+  return pad_multiple(p);
 }
 
 Status attention_mma_forward(const AttentionForwardParams& p, Stream stream) {
