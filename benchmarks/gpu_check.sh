@@ -5,10 +5,10 @@
 #   benchmarks/gpu_check.sh build tests          some of them, where one command may take ten minutes
 #
 # Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and memcheck-rotary or
-# bench-lstm, say, for one file of kernel tests or one op of it, each with ten minutes of its own. Uses the machine's own torch, nvcc, ninja,
-# pybind11 and pytest; what needs another package that is not there is listed as not run. Each part
-# leaves its findings in build/gpu_check, which build empties; report gathers them in
-# benchmarks/results/<gpu>.json, from which the README's figures come.
+# bench-lstm, say, for one file of kernel tests or one op of it, each with ten minutes of its own.
+# Uses the machine's own torch, nvcc, ninja, pybind11 and pytest; what needs another package that is
+# not there is listed as not run. Each part leaves its findings in build/gpu_check, which build
+# empties; report gathers them in benchmarks/results/<gpu>.json, from which the README's figures come.
 # shellcheck disable=SC2329  # functions that `bash -c` calls
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -19,7 +19,7 @@ part_seconds=${PART_SECONDS:-570}
 ops=(attention conv lstm optim)
 # Of tests/test_<name>.py; together they launch every kernel.
 kernel_tests=(attention attention_few_queries attention_tangent attention_tensor_cores conv lstm
-  optim optim_table rotary)
+  optim optim_norm optim_table rotary)
 
 failed=0
 part() {
