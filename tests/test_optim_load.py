@@ -36,6 +36,29 @@ def test_a_checkpoint_goes_on_bit_for_bit(cls: type, stored: str, backend: torch
     assert_equal(everything(straight, optimizer), everything(moved, after))
 
 
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("stored", STORED)
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_checkpoint_loaded_into_a_compiled_step(
+    cls: type, stored: str, steps_before: int
+) -> None:
+    cpu = torch.device("cpu")
+    params, restored = leaves(cpu), leaves(cpu)
+    optimizer = cls(params, **OPTIONS[cls], **STORED[stored])
+    run(params, optimizer, range(3))
+    compiled = cls(restored, **OPTIONS[cls], **STORED[stored])
+    torch._dynamo.reset()
+    compiled.step = torch.compile(compiled.step, fullgraph=True, backend="aot_eager")
+    run(restored, compiled, range(10, 10 + steps_before))
+    with torch.no_grad():
+        for p, saved in zip(restored, params, strict=True):
+            p.copy_(saved)
+    compiled.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for trained in (params, optimizer), (restored, compiled):
+        run(*trained, range(3, 6))
+    assert_equal(everything(params, optimizer), everything(restored, compiled))
+
+
 @pytest.mark.parametrize("to", STORED)
 @pytest.mark.parametrize("of", STORED)
 @pytest.mark.parametrize("cls", [fused.Adam, fused.SGD])
