@@ -16,7 +16,9 @@ from fused.testing.cases.attention_cache import CASES, CacheCase
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 BY_NAME = {case.name: case for case in CASES}
-IN_ALL_DTYPES = ("one token", "pages of 7, odd strides", "everything in pages")
+IN_ALL_DTYPES = (
+    "one token", "pages of 7, odd strides", "pages beyond tiles", "everything in pages",
+)  # fmt: skip
 
 
 def results(function: Callable, tensors: list[Tensor], options: dict) -> tuple[Tensor, ...]:

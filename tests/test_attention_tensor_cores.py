@@ -13,7 +13,7 @@ from torch import Tensor
 from fused import reference
 from fused._attention_composite import Options, dropout_mask
 from fused._attention_function import AttentionFunction
-from fused.functional import scaled_dot_product_attention
+from fused.functional import attention_with_kv_cache, scaled_dot_product_attention
 from fused.testing import assert_as_accurate_as_stock, emulated_cuda
 from fused.testing.attention import (
     Judgement,
@@ -224,6 +224,53 @@ def test_the_same_bits_in_any_batch(
     for name in together:
         assert torch.equal(together[name], again[name]), name
         assert torch.equal(together[name][1:2], alone[name]), name
+
+
+@on_gpus
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_the_bits_of_pages_and_of_none(
+    head_dim: int, dtype: torch.dtype, backend: torch.device
+) -> None:
+    """With an option that changes scores, for pages have no instance without."""
+    q = torch.randn(2, 2, 9, head_dim, device=backend).to(dtype)
+    caches = torch.randn(2, 2, 1, 140, head_dim, device=backend).to(dtype).unbind()
+    lengths = torch.tensor([133, 20], dtype=torch.int32, device=backend)
+    for cache in caches:
+        cache[1, :, 20:] = torch.nan
+    options = {"cache_seqlens": lengths, "softcap": 2.0, "return_lse": True}
+    expected = attention_with_kv_cache(q, *caches, **options)
+    # [B * 7, 1, 20, D] in another order, and the table that says in which.
+    table = torch.randperm(14).view(2, 7)
+    pages = [
+        x.unflatten(2, (7, 20)).transpose(1, 2).flatten(0, 1)[table.flatten().argsort()]
+        for x in caches
+    ]
+    options["block_table"] = table.to(backend, torch.int32)
+    for ours, same in zip(attention_with_kv_cache(q, *pages, **options), expected, strict=True):
+        assert torch.equal(ours, same)
+
+
+def test_which_pages_they_take_in_the_emulator() -> None:
+    def kernels_of(rows: int, pages: Tensor, **options: bool) -> set[str]:
+        table = torch.arange(len(pages), dtype=torch.int32).view(1, -1)
+        lengths = torch.tensor([12], dtype=torch.int32)
+        with emulated_cuda() as launches:
+            attention_with_kv_cache(
+                draw(1, 2, rows, pages.shape[-1]), pages, pages, cache_seqlens=lengths,
+                block_table=table, **options,
+            )  # fmt: skip
+        return path_of(launches.counts())
+
+    assert kernels_of(5, draw(3, 2, 4, 16)) == {"mma forward"}
+    assert kernels_of(5, draw(1, 2, 12, 16)) == {"mma forward"}
+    assert kernels_of(4, draw(3, 2, 4, 16)) == set()  # split over the keys
+    for pages in (
+        draw(3, 2, 4, 12),  # a cache is not copied
+        draw(3, 2, 4, 17)[..., :16],
+        draw(3, 2 * 4 * 16 + 4)[:, 4:].view(3, 2, 4, 16),
+        draw(3, 2 * 4 * 16 + 4)[:, :-4].view(3, 2, 4, 16),
+    ):
+        assert kernels_of(5, pages) == {"portable forward"}, pages.stride()
 
 
 @on_gpus

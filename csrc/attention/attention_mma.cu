@@ -19,20 +19,21 @@ MmaLimits mma_limits(DType dtype) {
 
 // Whether every row of a [batch, heads, rows, ..] tensor begins on 16 bytes, those behind the last
 // one too, of which copies have the address and take nothing. The stride of one batch element or
-// head is never used.
+// head is never used; of pages there may be any number.
 bool rows_aligned(const AttentionProblem& p, const void* data, const HeadStrides& strides,
-                  int32_t heads) {
+                  int32_t batch, int32_t heads) {
   const int32_t pack = mma_limits(p.dtype).pack;
   const auto misaligned = [&](int64_t stride) { return stride % pack != 0; };
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && !misaligned(strides.row) &&
-         !(p.batch > 1 && misaligned(strides.batch)) && !(heads > 1 && misaligned(strides.head));
+         !(batch > 1 && misaligned(strides.batch)) && !(heads > 1 && misaligned(strides.head));
 }
 
 bool query_aligned(const AttentionProblem& p, const void* data, const HeadStrides& strides) {
-  return rows_aligned(p, data, strides, p.num_heads);
+  return rows_aligned(p, data, strides, p.batch, p.num_heads);
 }
 bool key_aligned(const AttentionProblem& p, const void* data, const HeadStrides& strides) {
-  return rows_aligned(p, data, strides, p.num_heads_kv);
+  const int32_t batch = p.maybe_block_table == nullptr ? p.batch : INT32_MAX;
+  return rows_aligned(p, data, strides, batch, p.num_heads_kv);
 }
 
 bool has_mma_dtype(const AttentionProblem& p) {
@@ -44,7 +45,7 @@ bool has_mma_dtype(const AttentionProblem& p) {
 bool has_instance(const AttentionProblem& p) {
   return has_mma_dtype(p) &&
          std::max(p.head_dim, p.head_dim_v) <= mma_limits(p.dtype).max_head_dim &&
-         p.maybe_block_table == nullptr && attention_mma_compiled();
+         attention_mma_compiled();
 }
 
 bool has_whole_packs(const AttentionProblem& p) {

@@ -18,8 +18,8 @@ template <>
 inline constexpr int32_t kMmaMaxHeadDim<float> = 128;
 
 // Whether the tensor-core kernels run this problem on the current device: 16-bit elements or, with
-// allow_tf32, float32; head dims of whole 16 bytes up to kMmaMaxHeadDim, no pages, every row of
-// every tensor on 16 bytes, and code for sm_80 or later in this build. All else goes to the
+// allow_tf32, float32; head dims of whole 16 bytes up to kMmaMaxHeadDim, every row of every
+// tensor on 16 bytes, and code for sm_80 or later in this build. All else goes to the
 // portable kernels; other head dims get here padded (attention_pad_multiple_cuda).
 bool attention_mma_supported(const AttentionForwardParams& params);
 bool attention_mma_supported(const AttentionBackwardParams& params);

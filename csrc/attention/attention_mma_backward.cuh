@@ -139,11 +139,11 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
     auto& to = memory.others[step % Tile::kStages];
     const int32_t row = other_of(step);
     if (kOwnsQueries) {
-      copy_rows<Tile::kOthers, kDim, Tile::kThreads>(row, Copy<T>{k, to[0]}, Copy<T>{v, to[1]});
+      copy_rows<Tile::kOthers, kDim, Tile::kThreads>(row, Copy{k, to[0]}, Copy{v, to[1]});
     } else {
       const int32_t head = head_of(step);
-      copy_rows<Tile::kOthers, kDim, Tile::kThreads>(row, Copy<T>{q_of(head), to[0]},
-                                                     Copy<T>{grad_out_of(head), to[1]});
+      copy_rows<Tile::kOthers, kDim, Tile::kThreads>(row, Copy{q_of(head), to[0]},
+                                                     Copy{grad_out_of(head), to[1]});
     }
   };
 
@@ -172,8 +172,8 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
   if (steps > 0) {
     const auto first = kOwnsQueries ? q_of(place.head) : k;
     const auto second = kOwnsQueries ? grad_out_of(place.head) : v;
-    copy_rows<Tile::kOwn, kDim, Tile::kThreads>(place.own_row, Copy<T>{first, memory.own[0]},
-                                                Copy<T>{second, memory.own[1]});
+    copy_rows<Tile::kOwn, kDim, Tile::kThreads>(place.own_row, Copy{first, memory.own[0]},
+                                                Copy{second, memory.own[1]});
     begin_copies(0);
     if (brings_terms) memory.terms[0][threadIdx.x] = terms_for(0);
   }

@@ -133,7 +133,7 @@ __device__ __forceinline__ void end_softmax(const AttentionForwardParams& p, con
   }
 }
 
-template <typename T, int kDim, bool kOptions>
+template <typename T, int kDim, bool kOptions, bool kPaged>
 __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   using Tile = ForwardTile<T, kDim, kOptions>;
   constexpr int kM = Tile::kRowTiles, kN = Tile::kOthers / 8;
@@ -143,8 +143,8 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   if (place.own_row >= sequence.seqlen_q || is_split(p, sequence)) return;
   const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
-  const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
-  const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
+  const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, head_kv, p.head_dim);
+  const auto v = cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
   const int warp_row = threadIdx.x / kWarpSize * 16 * kM;
   const int32_t first_row = place.own_row + warp_row;
   const int32_t last_row = min(first_row + 16 * kM, sequence.seqlen_q) - 1;
@@ -159,8 +159,8 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   const auto begin_copies = [&](int32_t tile) {
     const int stage = tile % Tile::kStages;
     const int32_t key = first_key + tile * Tile::kOthers;
-    copy_rows<Tile::kOthers, kDim, Tile::kThreads>(key, Copy<T>{k, memory.k[stage]},
-                                                   Copy<T>{v, memory.v[stage]});
+    copy_rows<Tile::kOthers, kDim, Tile::kThreads>(key, Copy{k, memory.k[stage]},
+                                                   Copy{v, memory.v[stage]});
   };
 
   float result[kM][kDim / 8][4] = {};
@@ -171,7 +171,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     running.sum[m][0] = running.sum[m][1] = 0;
   }
   if (num_tiles > 0)
-    copy_rows<Tile::kOwn, kDim, Tile::kThreads>(place.own_row, Copy<T>{q, memory.own});
+    copy_rows<Tile::kOwn, kDim, Tile::kThreads>(place.own_row, Copy{q, memory.own});
 #pragma unroll
   for (int tile = 0; tile < Tile::kStages - 1; ++tile) {
     if (tile < num_tiles) begin_copies(tile);
@@ -208,19 +208,19 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   store_rows<kDim>(out, place.own_row, memory.own, warp_row, result, row_scale);
 }
 
-template <typename T, int kDim, bool kOptions>
+template <typename T, int kDim, bool kOptions, bool kPaged>
 __global__ void __launch_bounds__(ForwardTile<T, kDim, kOptions>::kThreads,
                                   ForwardTile<T, kDim, kOptions>::kBlocks)
     attention_mma_forward_kernel(const AttentionForwardParams p) {
-  if constexpr (ptx::kArchitecture >= kMmaArchitecture) attend<T, kDim, kOptions>(p);
+  if constexpr (ptx::kArchitecture >= kMmaArchitecture) attend<T, kDim, kOptions, kPaged>(p);
 }
 
-template <typename T, int kDim, bool kOptions>
+template <typename T, int kDim, bool kOptions, bool kPaged = false>
 Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
   using Tile = ForwardTile<T, kDim, kOptions>;
   const int64_t blocks = mma_blocks(p, true, Tile::kOwn);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
-  return launch<kMmaArchitecture>(attention_mma_forward_kernel<T, kDim, kOptions>,
+  return launch<kMmaArchitecture>(attention_mma_forward_kernel<T, kDim, kOptions, kPaged>,
                                   dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
                                   sizeof(ForwardMemory<T, kDim, Tile>), stream, p);
 }
@@ -229,6 +229,8 @@ template <typename T>
 Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
   return visit_mma_dim<T>(p, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
+    // Each tile's copy looks up its pages, beside which what an option costs is little.
+    if (p.maybe_block_table != nullptr) return launch_mma_forward<T, kDim, true, true>(p, stream);
     return has_options(p) ? launch_mma_forward<T, kDim, true>(p, stream)
                           : launch_mma_forward<T, kDim, false>(p, stream);
   });

@@ -25,28 +25,30 @@ namespace fused {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 // Rows of a matrix, and the tile that they go to.
-template <typename T>
+template <typename T, template <typename> class Matrix>
 struct Copy {
-  HeadMatrix<T> from;
+  Matrix<T> from;
   T* to;
 };
+template <typename T, template <typename> class Matrix>
+Copy(Matrix<T>, T*) -> Copy<T, Matrix>;
 
 // Starts copying kRows rows of some matrices from first_row on, zeros beyond their rows and
 // columns. Not unrolled: the addresses of many copies at once would cost registers, of which the
 // kernels have none to spare.
-template <int kRows, int kDim, int kThreads, typename T, typename... More>
-__device__ __forceinline__ void copy_rows(int32_t first_row, const Copy<T>& first,
+template <int kRows, int kDim, int kThreads, typename T, template <typename> class Matrix,
+          typename... More>
+__device__ __forceinline__ void copy_rows(int32_t first_row, const Copy<T, Matrix>& first,
                                           const More&... more) {
   constexpr int kChunks = kDim / kChunk<T>;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * kChunks; i += kThreads) {
     const int offset = chunk_offset<T, kDim>(i / kChunks, i % kChunks);
     const int32_t row = first_row + i / kChunks, column = i % kChunks * kChunk<T>;
-    const auto start = [&](const Copy<T>& copy) {
+    const auto start = [&](const Copy<T, Matrix>& copy) {
       const bool inside = row < copy.from.rows && column < copy.from.columns;
       // Of no bytes the address does not matter.
-      ptx::cp_async_16(copy.to + offset, copy.from.data + row * copy.from.row_stride + column,
-                       inside ? 16 : 0);
+      ptx::cp_async_16(copy.to + offset, copy.from.row(row) + column, inside ? 16 : 0);
     };
     start(first);
     (start(more), ...);
