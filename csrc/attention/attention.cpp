@@ -1,4 +1,4 @@
-// The glue of attention's two passes: checks, allocates, fills the params and picks the backend.
+// The glue of attention's two passes: checks, pads, allocates, fills the params, picks the backend.
 #include "attention/attention.h"
 
 #include <ATen/ops/empty.h>

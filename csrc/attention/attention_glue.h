@@ -36,8 +36,8 @@ HeadStrides head_strides(const at::Tensor& tensor);
 // Kernels ask for a contiguous last dimension and take any other stride.
 at::Tensor with_contiguous_rows(const at::Tensor& tensor);
 
-// With zeros behind each row, to the next width that is a multiple; and what such a result is
-// worth.
+// With zeros behind each row, to the next width that is a multiple; and the first `width` columns
+// of such a result, in a tensor of their own. What need not change is returned as it is.
 at::Tensor padded_rows(const at::Tensor& tensor, int64_t multiple);
 at::Tensor unpadded_rows(const at::Tensor& tensor, int64_t width);
 

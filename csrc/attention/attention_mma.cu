@@ -1,4 +1,4 @@
-// Which problems the tensor-core kernels take, and which of them runs one.
+// Which problems the tensor-core kernels take, padded or as they are, and which of them runs one.
 #include <algorithm>
 
 #include "attention/attention_mma.h"
@@ -41,7 +41,7 @@ bool has_mma_dtype(const AttentionProblem& p) {
          (p.dtype == DType::kFloat32 && p.allow_tf32);
 }
 
-// Whether there is an instance for such elements, heads and keys, wherever their rows lie.
+// Whether there is an instance for such elements and head dims, wherever the rows lie.
 bool has_instance(const AttentionProblem& p) {
   return has_mma_dtype(p) &&
          std::max(p.head_dim, p.head_dim_v) <= mma_limits(p.dtype).max_head_dim &&
@@ -60,7 +60,7 @@ bool supported(const AttentionProblem& p) {
 }
 
 int32_t pad_multiple(const AttentionProblem& p) {
-  return has_instance(p) && !has_whole_packs(p) ? mma_limits(p.dtype).pack : 1;
+  return !has_whole_packs(p) && has_instance(p) ? mma_limits(p.dtype).pack : 1;
 }
 
 }  // namespace
@@ -77,9 +77,10 @@ bool attention_mma_supported(const AttentionBackwardParams& p) {
          key_aligned(p, p.maybe_grad_v, p.grad_v_strides);
 }
 
-// Few queries are split over the keys, which takes any head dim.
+// Few queries are split over the keys, which takes any head dim. Of packed sequences only their
+// number of rows in all is known here.
 int32_t attention_pad_multiple_cuda(const AttentionForwardParams& p, Stream) {
-  const bool all_split = p.maybe_cu_seqlens_q == nullptr && split_partials(p) > 0;
+  const bool all_split = p.seqlen_q <= kFewQueries && split_partials(p) > 0;
   return all_split ? 1 : pad_multiple(p);
 }
 int32_t attention_pad_multiple_cuda(const AttentionBackwardParams& p, Stream) {

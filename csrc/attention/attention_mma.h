@@ -39,8 +39,8 @@ Status attention_mma_backward_float32(const AttentionBackwardParams& params, Str
 // Whether these kernels have code for the current device.
 bool attention_mma_compiled();
 
-// What the instances with options are for. A scale that is not above 0 leaves the scores in another
-// order than their products.
+// What the instances with options are for, beside pages. A scale that is not above 0 leaves the
+// scores in another order than their products.
 inline bool has_options(const AttentionProblem& p) {
   return !has_no_score_options(p) || p.maybe_rng != nullptr || !(p.scale > 0);
 }

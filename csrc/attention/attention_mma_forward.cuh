@@ -229,7 +229,7 @@ template <typename T>
 Status launch_mma_forward(const AttentionForwardParams& p, Stream stream) {
   return visit_mma_dim<T>(p, [&](auto dim) {
     constexpr int kDim = decltype(dim)::value;
-    // Each tile's copy looks up its pages, beside which what an option costs is little.
+    // Pages have the instance with options alone, for each more takes long to compile. Not timed.
     if (p.maybe_block_table != nullptr) return launch_mma_forward<T, kDim, true, true>(p, stream);
     return has_options(p) ? launch_mma_forward<T, kDim, true>(p, stream)
                           : launch_mma_forward<T, kDim, false>(p, stream);

@@ -173,7 +173,7 @@ __device__ __forceinline__ void store_rows(const HeadMatrix<T>& matrix, int32_t 
   for (int i = lane; i < 16 * kM * kChunks; i += kWarpSize) {
     const int row = warp_row + i / kChunks, chunk = i % kChunks;
     if (first_row + row < matrix.rows && chunk * kChunk<T> < matrix.columns) {
-      T* target = const_cast<T*>(matrix.data) + (first_row + row) * matrix.row_stride;
+      T* target = const_cast<T*>(matrix.row(first_row + row));
       *reinterpret_cast<Pack<T>*>(target + chunk * kChunk<T>) =
           load_pack(own + chunk_offset<T, kDim>(row, chunk));
     }
