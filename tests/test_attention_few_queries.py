@@ -30,6 +30,7 @@ CASES = [
     AttentionCase("widest", 1, 1, None, 2, 130, 512),
     AttentionCase("narrowest", 1, 2, 1, 2, 257, 1),
     AttentionCase("more columns than a warp has", 1, 1, None, 1, 20, 8, head_dim_v=300),
+    AttentionCase("rows off 16 bytes", 1, 1, None, 1, 40, 14),
     AttentionCase("no keys", 1, 2, None, 2, 0, 8),
     AttentionCase("one key", 2, 1, None, 1, 1, 8, layout="heads last"),
     AttentionCase("bool", 2, 4, 2, 2, 300, 8, mask="bool [B, 1, 1, T]"),

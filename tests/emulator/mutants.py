@@ -80,6 +80,7 @@ TESTS = {
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
     "common": [
         "tests/test_attention.py",
+        "tests/test_attention_few_queries.py",
         "tests/test_optim.py",
         "tests/test_conv.py",
         "tests/test_lstm.py",
