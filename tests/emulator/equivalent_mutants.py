@@ -95,6 +95,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if (tile + Tile::kStages - 1 < num_tiles) begin_copies(tile + Tile::kStages - 1);",
     ): "tiles behind the last are copied too, zeros beyond the keys, and nobody reads them",
     (
+        "csrc/attention/attention_mma_tile.cuh",
+        ">= to >",
+        "return nearest >= band.low && furthest <= band.high ? Sight::kAll : Sight::kSome;",
+    ): "of a tile that is seen whole every key is asked for: slower, the same",
+    (
         "csrc/optim/device_table.cu",
         "> to >=",
         "return one_place && "
