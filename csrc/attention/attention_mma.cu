@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "attention/attention_mma.h"
-#include "attention/attention_split.h"
 
 namespace fused {
 namespace {
@@ -80,8 +79,7 @@ bool attention_mma_supported(const AttentionBackwardParams& p) {
 // Few queries are split over the keys, which takes any head dim. Of packed sequences only their
 // number of rows in all is known here.
 int32_t attention_pad_multiple_cuda(const AttentionForwardParams& p, Stream) {
-  const bool all_split = p.seqlen_q <= kFewQueries && split_partials(p) > 0;
-  return all_split ? 1 : pad_multiple(p);
+  return p.seqlen_q <= kFewQueries ? 1 : pad_multiple(p);
 }
 int32_t attention_pad_multiple_cuda(const AttentionBackwardParams& p, Stream) {
   return pad_multiple(p);
