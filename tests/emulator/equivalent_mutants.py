@@ -25,6 +25,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
     ): TOO_LARGE,
     (
+        FORWARD,
+        ">= to >",
+        "__global__ void __launch_bounds__("
+        "kAttentionThreads, sizeof(T) >= (kPaged ? 4 : 8) ? 1 : 0)",
+    ): "how many registers a thread may have, which build_support.kernel_report watches",
+    (
         BACKWARD,
         "> to >=",
         'if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";',
