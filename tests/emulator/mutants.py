@@ -247,10 +247,13 @@ def killer_of(mutant: Mutant) -> str | None:
 class Verdicts:
     """What was decided: the killer of each mutant, or None, by the broken file's text."""
 
-    def __init__(self, afresh: bool) -> None:
+    def __init__(self) -> None:
         self._killers: dict[str, str | None] = {}
-        if VERDICTS.exists() and not afresh:
+        if VERDICTS.exists():
             self._killers = json.loads(VERDICTS.read_text())
+
+    def forget(self, mutant: Mutant) -> None:
+        self._killers.pop(mutant.digest, None)
 
     def knows(self, mutant: Mutant) -> bool:
         """A survivor is met again: there may be a new test."""
@@ -306,7 +309,10 @@ def main() -> None:
     stale = EQUIVALENT.keys() - {mutant.key for path in every_path for mutant in mutants_of(path)}
     if stale:
         raise SystemExit(f"equivalent_mutants.py: there is no such line: {sorted(stale)}")
-    verdicts = Verdicts(options.afresh)
+    verdicts = Verdicts()
+    if options.afresh:
+        for mutant in mutants:
+            verdicts.forget(mutant)
     for mutant in mutants:
         start = time.monotonic()
         if not options.table and not verdicts.knows(mutant):
