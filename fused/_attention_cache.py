@@ -10,8 +10,9 @@ from torch import Tensor
 from fused import _route
 from fused._attention import Extras, make_options, results
 from fused._attention_checks import check_device
-from fused._attention_composite import Attended, compute_dtype
+from fused._attention_composite import Attended, Options, compute_dtype
 from fused._attention_function import empty_heads
+from fused._attention_sharded import attend_cache_sharded
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -108,6 +109,17 @@ def attention_with_kv_cache(
     options = make_options(
         q, attn_mask, 0.0, is_causal, scale, causal_alignment, window, softcap, alibi_slopes, sink
     )
+    others = (k_cache, v_cache, cache_seqlens, k, v, block_table, options)
+    if _route.is_sharded(q):
+        return results(attend_cache_sharded(_attend_cache, q, *others), return_lse)
+    return results(_attend_cache(q, *others), return_lse)
+
+
+def _attend_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    k: Tensor | None, v: Tensor | None, block_table: Tensor | None, options: Options,
+) -> Attended:  # fmt: skip
+    """What `attention_with_kv_cache` does, for checked options."""
     q, k, v = _route.autocast(q.device.type, q, k, v)
     inputs = (q, k_cache, v_cache, k, v, *options[:3])
     reason = _route.composite_reason(*inputs)
@@ -124,7 +136,7 @@ def attention_with_kv_cache(
         q, k_cache, v_cache, cache_seqlens, k, v, block_table, *options[:3], options.is_causal,
         options.scale, options.softcap, options.window_left, options.window_right,
     )  # fmt: skip
-    return results(Attended(out, lse, None), return_lse)
+    return Attended(out, lse, None)
 
 
 @torch.library.register_fake("fused::attention_with_kv_cache")

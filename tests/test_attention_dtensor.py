@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fused
-from fused.functional import scaled_dot_product_attention
+from fused.functional import (
+    attention_with_kv_cache,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fused.testing.compare import assert_as_accurate_as_stock
 
 INPUTS = ("query", "key", "value", "attn_mask", "alibi_slopes", "sink")
@@ -102,3 +107,136 @@ def check_what_else() -> None:
 
 def test_what_else_may_be_sharded(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_what_else)
+
+
+def packed(tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
+    """Out, log-sum-exp and the gradient of every input, of sequences of 3, 0 and 6 queries."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
+    out, lse = varlen_attention(
+        *(leaves[name] for name in ("q", "k", "v")),
+        torch.tensor([0, 3, 3, 9], dtype=torch.int32),
+        torch.tensor([0, 4, 6, 12], dtype=torch.int32),
+        attn_mask=leaves["attn_mask"],
+        sink=leaves["sink"],
+        return_lse=True,
+        **options,
+    )
+    (out.square().sum() + lse.sin().sum()).backward()
+    return [out, lse, *(leaf.grad for leaf in leaves.values() if leaf.grad is not None)]
+
+
+def check_packed() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(2)
+    shapes = {
+        "q": (9, 4, 8), "k": (12, 2, 8), "v": (12, 2, 5), "sink": (4,), "attn_mask": (4, 6, 6),
+    }  # fmt: skip
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    expected = packed(tensors, window=(2, 1))
+    exact = packed({name: tensor.double() for name, tensor in tensors.items()}, window=(2, 1))
+    assert len(expected) == 7
+    # By heads each rank attends its own; rows, which see each other, are gathered.
+    for dim in (1, 0):
+        sharded = {
+            name: distribute_tensor(t, mesh, [Shard(dim) if name in "qkv" else Replicate()])
+            for name, t in tensors.items()
+        }
+        actual = packed(sharded, window=(2, 1))
+        assert isinstance(actual[0], DTensor) and isinstance(actual[1], DTensor)
+        assert actual[0].placements == ((Shard(1),) if dim == 1 else (Replicate(),))
+        assert actual[1].placements == ((Shard(0),) if dim == 1 else (Replicate(),))
+        assert actual[1].shape == (4, 9) and len(actual) == 7
+        for i, (ours, one, reference) in enumerate(zip(actual, expected, exact, strict=True)):
+            if i < 6:
+                assert torch.equal(whole(ours), one)
+            else:
+                assert_as_accurate_as_stock(whole(ours), reference, one)
+
+
+def test_packed_heads(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_packed)
+
+
+def check_caches() -> None:
+    torch.manual_seed(3)
+    mesh = init_device_mesh("cpu", (2,))
+    tensors = draw()
+    q, new_k, new_v = (tensors[name] for name in INPUTS[:3])
+    options: dict[str, Any] = {
+        "cache_seqlens": torch.tensor([3, 7], dtype=torch.int32),
+        "sink": tensors["sink"],
+        "attn_mask": tensors["attn_mask"],
+        "return_lse": True,
+    }
+    pages = [None, [[5, 0, 3, 7, 1], [2, 8, 4, 6, 9]], [[1], [0]]]
+    for shape, table in zip([(2, 2, 20), (10, 2, 4), (2, 2, 20)], pages, strict=True):
+        k_cache, v_cache = torch.randn(*shape, 8), torch.randn(*shape, 5)
+        block_table = None if table is None else torch.tensor(table, dtype=torch.int32)
+        attend = functools.partial(attention_with_kv_cache, block_table=block_table, **options)
+        for dim in (1, 0):
+            place = [Shard(dim) if table is None or dim == 1 else Replicate()]
+            ours = [distribute_tensor(x.clone(), mesh, place) for x in (k_cache, v_cache)]
+            mine = [x.clone() for x in (k_cache, v_cache)]
+            new = [distribute_tensor(x, mesh, [Shard(dim)]) for x in (q, new_k, new_v)]
+            actual = attend(new[0], *ours, k=new[1], v=new[2])
+            expected = attend(q, *mine, k=new_k, v=new_v)
+            assert all(list(x.placements) == place for x in actual)
+            for a, b in zip((*actual, *ours), (*expected, *mine), strict=True):
+                assert torch.equal(whole(a), b)
+            assert not torch.equal(mine[0], k_cache)
+            # What is only read may be placed in any way.
+            rows = [distribute_tensor(x, mesh, [Shard(2)]) for x in (k_cache, v_cache)]
+            a, b = attend(new[0], *rows)[0], attend(q, k_cache, v_cache)[0]
+            assert torch.equal(whole(a), b)
+            for wrong in (rows, [k_cache, v_cache]):
+                with pytest.raises(ValueError, match="k_cache must be a DTensor placed as"):
+                    attend(new[0], *wrong, k=new[1], v=new[2])
+
+
+def test_caches_of_shards(tmp_path: Path) -> None:
+    """New keys are written into each rank's own part."""
+    on_ranks(2, tmp_path, check_caches)
+
+
+def check_one_sequence() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    q, k, v = (draw()[name][:1] for name in INPUTS[:3])
+    grads = []
+    for cut in (False, True):
+        leaf = distribute_tensor(q, mesh, [Shard(0)]) if cut else q.clone()
+        leaf.requires_grad_()
+        out = scaled_dot_product_attention(leaf, k, v, enable_gqa=True)
+        out.square().sum().backward()
+        assert leaf.grad is not None
+        grads += [whole(out), whole(leaf.grad)]
+    assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
+
+
+def test_one_sequence_for_two_ranks(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_one_sequence)
+
+
+def check_compiled() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    packed_rows = draw()["query"].flatten(0, 1).transpose(0, 1)  # [9, 8, 8]
+    lengths = torch.tensor([0, 4, 9], dtype=torch.int32)
+
+    def dense(x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    def varlen(x: Tensor) -> Tensor:
+        return varlen_attention(x, x, x, lengths, lengths, is_causal=True)
+
+    for function, x in ((dense, draw()["query"]), (varlen, packed_rows)):
+        results = []
+        for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+            leaf = distribute_tensor(x, mesh, [Shard(1)]).requires_grad_()
+            out = f(leaf)
+            out.square().sum().backward()
+            assert isinstance(out, DTensor) and leaf.grad is not None
+            results.append((whole(out), whole(leaf.grad)))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_in_a_compiled_graph(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_compiled)
