@@ -75,6 +75,27 @@ def test_shards_mean_the_whole(dim: int, groups: int, tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_shards, dim, groups)
 
 
+def check_mesh_of_two_dimensions() -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    tensors = draw(groups=4)
+    expected = attended(tensors)
+    for placements in ([Shard(0), Shard(1)], [Shard(1), Shard(1)], [Shard(2), Shard(1)]):
+        sharded = {
+            name: distribute_tensor(t, mesh, placements if t.dim() == 4 else [Replicate()] * 2)
+            for name, t in tensors.items()
+        }
+        actual = attended(sharded)
+        rows = placements[0].is_shard(2)
+        assert isinstance(actual[0], DTensor)
+        assert list(actual[0].placements) == [Replicate() if rows else placements[0], Shard(1)]
+        for ours, one in zip(actual, expected, strict=True):
+            torch.testing.assert_close(whole(ours), one)
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    on_ranks(4, tmp_path, check_mesh_of_two_dimensions)
+
+
 def check_what_else() -> None:
     mesh = init_device_mesh("cpu", (2,))
     q, k, v = (draw()[name] for name in INPUTS[:3])
