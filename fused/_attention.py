@@ -180,7 +180,9 @@ def attend(
             return transformed_attention(q, k, v, options)
         return Attended(*run_attention(q, k, v, options, need_weights))
 
-    if query.dim() == 4 and query.shape[0] == key.shape[0] == value.shape[0]:
+    if query.dim() == key.dim() == value.dim() == 4 and (
+        query.shape[0] == key.shape[0] == value.shape[0]
+    ):
         return run(query, key, value, options)
     batch = broadcast_batch(query, key, value)
     q, k, v = (_to_four_dims(t, batch) for t in (query, key, value))

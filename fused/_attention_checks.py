@@ -41,6 +41,68 @@ def check_inputs(
         raise ValueError(f"attention: dropout_p must be between 0 and 1, got {options.dropout_p}")
 
 
+def check_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
+    k: Tensor | None, v: Tensor | None, block_table: Tensor | None,
+) -> None:  # fmt: skip
+    """Of `attention_with_kv_cache`: shapes, and lengths and pages where reading them is free."""
+    if (k is None) != (v is None):
+        raise ValueError("attention: k and v must be given together, got one")
+    new = [] if k is None or v is None else [("k", k, k_cache), ("v", v, v_cache)]
+    dims = [("q", q, 4), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)]
+    dims += [(argument, x, 4) for argument, x, _ in new]
+    dims += [] if block_table is None else [("block_table", block_table, 2)]
+    for argument, x, number in dims:
+        if x.dim() != number:
+            raise ValueError(
+                f"attention: {argument} must have {number} dimensions, got {list(x.shape)}"
+            )
+    batch = q.shape[0]
+    if block_table is None and k_cache.shape[0] != batch:
+        raise ValueError(
+            f"attention: k_cache must have the batch of q ({batch}), got {list(k_cache.shape)}"
+        )
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise ValueError(
+            f"attention: v_cache must have the first three sizes of k_cache {list(k_cache.shape)}, "
+            f"got {list(v_cache.shape)}"
+        )
+    num_new_keys = 0 if k is None else k.shape[2]
+    shapes = [("cache_seqlens", cache_seqlens, [batch])]
+    if block_table is not None:
+        shapes.append(("block_table", block_table, [batch, block_table.shape[1]]))
+    for argument, x, cache in new:
+        shapes.append((argument, x, [batch, cache.shape[1], num_new_keys, cache.shape[3]]))
+    for argument, x, shape in shapes:
+        if list(x.shape) != shape:
+            raise ValueError(
+                f"attention: {argument} must have the shape {shape}, got {list(x.shape)}"
+            )
+    if cache_seqlens.is_cpu and not _route.is_traced(cache_seqlens, block_table):
+        _check_lengths(k_cache, cache_seqlens, num_new_keys, block_table)
+
+
+def _check_lengths(
+    k_cache: Tensor, cache_seqlens: Tensor, num_new_keys: int, block_table: Tensor | None
+) -> None:
+    num_pages, _, page_size, _ = k_cache.shape
+    room = page_size if block_table is None else page_size * block_table.shape[1]
+    for sequence, length in enumerate(cache_seqlens.tolist()):
+        keys = length + num_new_keys
+        if length < 0 or keys > room:
+            raise ValueError(
+                f"attention: cache_seqlens must be at least 0 and leave room for {num_new_keys} of "
+                f"{room} keys, got {length}"
+            )
+        if block_table is None:
+            continue
+        for page in block_table[sequence, : -(-keys // page_size)].tolist():
+            if not 0 <= page < num_pages:
+                raise ValueError(
+                    f"attention: block_table must name one of {num_pages} pages, got {page}"
+                )
+
+
 def check_mask(mask: Tensor, q: Tensor, scores: Sequence[int]) -> None:
     """That it goes with q and broadcasts to the shape of the scores."""
     check_device("attn_mask", mask, q)

@@ -7,13 +7,15 @@ gradients that are sums over ranks still to be made (`Partial`); nothing else is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from fused._attention_checks import check_cache
 from fused._attention_composite import Attended, Options, draw_rng
+from fused._route import is_sharded
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -31,20 +33,19 @@ def attend_sharded(
 ) -> Attended:  # fmt: skip
     """`attend` on each rank's part of [B, H, S, D] or of packed [S, H, D]; results as the query."""
     packed = options.cu_seqlens_q is not None
-    batch = _NOWHERE if packed or query.dim() != 4 else _BATCH
-    heads = _HEADS if packed or query.dim() == 4 else _NOWHERE
+    is_plain = {x.dim() for x in (query, key, value)} == {3 if packed else 4}
+    batch = _BATCH if is_plain and not packed else _NOWHERE
+    heads = _HEADS if is_plain else _NOWHERE
     cut = _Cut((query, key, value), batch, heads)
     if options.dropout_p > 0:
-        options = options._replace(rng=cut.draw_rng(query.device))
+        options = options._replace(rng=cut.draw_rng())
     q, k, v = (cut.local(x, batch, heads) for x in (query, key, value))
     out, lse, weights = attend(q, k, v, cut.local_options(options))
-    shape = query.shape[:-1]
-    whole_weights = None if weights is None else cut.whole(weights, (*shape, key.shape[-2]))
-    if lse is not None and packed:
-        lse = cut.whole(lse, (shape[1], shape[0]), heads=0)
-    elif lse is not None:
-        lse = cut.whole(lse, shape)
-    return Attended(cut.whole(out, (*shape, value.shape[-1])), lse, whole_weights)
+    return Attended(
+        cut.whole(out, batch, heads),
+        cut.whole(lse, batch, 0 if packed else heads),
+        cut.whole(weights, batch, heads),
+    )
 
 
 def attend_cache_sharded(
@@ -53,31 +54,36 @@ def attend_cache_sharded(
     k: Tensor | None, v: Tensor | None, block_table: Tensor | None, options: Options,
 ) -> Attended:  # fmt: skip
     """`attend` on each rank's part. Of pages, which sequences share, only the heads are cut."""
-    batch = _BATCH if block_table is None else _NOWHERE
+    lengths, table = _gathered(cache_seqlens), _gathered(block_table)
+    # All ranks refuse what one has to, before any has written.
+    check_cache(query, k_cache, v_cache, lengths, k, v, table)
+    batch = _BATCH if table is None else _NOWHERE
     cut = _Cut((query, k_cache, v_cache), batch, _HEADS)
-    if k is not None or v is not None:
-        cut.check_in_place("k_cache", k_cache)
-        cut.check_in_place("v_cache", v_cache)
+    if k is not None:
+        cut.check_in_place("k_cache", k_cache, batch)
+        cut.check_in_place("v_cache", v_cache, batch)
     out, lse, _ = attend(
         cut.local(query, batch, _HEADS),
         cut.local(k_cache, batch, _HEADS),
         cut.local(v_cache, batch, _HEADS),
-        cut.local(cache_seqlens, batch),
+        cut.local(lengths, batch),
         cut.local(k, batch, _HEADS),
         cut.local(v, batch, _HEADS),
-        cut.local(block_table),
+        table,
         cut.local_options(options),
     )
-    assert lse is not None
-    shape = query.shape[:-1]
-    return Attended(cut.whole(out, (*shape, v_cache.shape[-1])), cut.whole(lse, shape), None)
+    return Attended(cut.whole(out, batch, _HEADS), cut.whole(lse, batch, _HEADS), None)
+
+
+def _gathered(x: _Given) -> _Given:
+    return x.full_tensor() if is_sharded(x) else x
 
 
 class _Cut:
     """How a call's batch and heads are cut over the ranks of a mesh.
 
-    As the query's, as far as sequences and groups of heads stay whole. A tensor's own dimensions
-    are named where its part is taken; those at `_NOWHERE`, or of size 1, are not cut.
+    As the query's, as far as sequences and groups of heads stay whole. A tensor's own batch and
+    heads are named where its part is taken: at `_NOWHERE`, or of size 1, they are not cut.
     """
 
     def __init__(self, tensors: tuple[DTensor, Tensor, Tensor], batch: int, heads: int) -> None:
@@ -86,27 +92,31 @@ class _Cut:
 
         query = tensors[0]
         self._mesh = query.device_mesh
+        self._sizes = query.shape[:2]  # of whole batch and heads, where they are cut
         self._placements: list[Placement] = []
-        same_batch = batch >= 0 and len({1, *(x.shape[batch] for x in tensors)}) == 2
+        one_batch = batch >= 0 and len({x.shape[batch] for x in tensors}) == 1
         head_shards = 1
         for dim, placement in enumerate(query.placements):
-            kept = same_batch and placement.is_shard(batch)
+            kept = one_batch and placement.is_shard(batch) and query.shape[batch] > 1
             if heads >= 0 and placement.is_shard(heads):
                 shards = head_shards * self._mesh.size(dim)
                 kept = all(x.shape[heads] % shards == 0 for x in tensors)
                 head_shards = shards if kept else head_shards
             self._placements.append(placement if kept else Replicate())
 
+    def _dims(self, batch: int, heads: int) -> list[int]:
+        """Which of a tensor's dimensions each dimension of the mesh cuts."""
+        return [
+            (batch if placement.is_shard(_BATCH) else heads) if placement.is_shard() else _NOWHERE
+            for placement in self._placements
+        ]
+
     def _own(self, x: Tensor, batch: int, heads: int) -> list[Placement]:
+        """How a tensor is placed of which each rank has its part."""
         from torch.distributed.tensor import Replicate, Shard
 
-        own: list[Placement] = []
-        for placement in self._placements:
-            dim = _NOWHERE
-            if isinstance(placement, Shard):
-                dim = batch if placement.dim == _BATCH else heads
-            own.append(Shard(dim) if dim >= 0 and x.shape[dim] > 1 else Replicate())
-        return own
+        dims = self._dims(batch, heads)
+        return [Shard(dim) if dim >= 0 and x.shape[dim] > 1 else Replicate() for dim in dims]
 
     def local(self, x: _Given, batch: int = _NOWHERE, heads: int = _NOWHERE) -> _Given:
         """This rank's part, where these dimensions of x are the batch and the heads."""
@@ -119,8 +129,8 @@ class _Cut:
             x = DTensor.from_local(x, self._mesh, replicas, run_check=False)
         own = self._own(x, batch, heads)
         of_gradient = [
-            Partial() if cut.is_shard() and part.is_replicate() else part
-            for cut, part in zip(self._placements, own, strict=True)
+            Partial() if whole.is_shard() and part.is_replicate() else part
+            for whole, part in zip(self._placements, own, strict=True)
         ]
         return x.redistribute(self._mesh, own).to_local(grad_placements=of_gradient)
 
@@ -135,37 +145,42 @@ class _Cut:
             cu_seqlens_k=self.local(options.cu_seqlens_k),
         )
 
-    def check_in_place(self, argument: str, cache: Tensor) -> None:
+    def check_in_place(self, argument: str, cache: Tensor, batch: int) -> None:
         """A cache that is written must not be one that is gathered or cut first."""
-        from torch.distributed.tensor import DTensor
-
-        own = self._own(cache, _BATCH, _HEADS)
-        placed = list(cache.placements) if isinstance(cache, DTensor) else None
-        if placed != own:
+        own = self._own(cache, batch, _HEADS)
+        placed = list(cache.placements) if is_sharded(cache) else None
+        sizes = [self._mesh.size(dim) for dim in range(self._mesh.ndim)]
+        if placed is None or any(a != b and n > 1 for a, b, n in zip(placed, own, sizes)):
             raise ValueError(
-                f"attention: {argument} must be a DTensor placed as {own}, as q is, where it is "
-                f"written, got {placed or 'a plain tensor'}"
+                f"attention: {argument} must be a DTensor placed as the call is cut, {own}, where "
+                f"it is written, got {placed or 'a plain tensor'}"
             )
 
-    def whole(
-        self, x: Tensor, shape: Sequence[int], batch: int = _BATCH, heads: int = _HEADS
-    ) -> Tensor:
-        """The DTensor of all ranks' parts."""
-        from torch.distributed.tensor import DTensor
+    def whole(self, x: _Given, batch: int, heads: int) -> _Given:
+        """The DTensor of all ranks' parts, where these dimensions of x are batch and heads."""
+        from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        size = torch.Size(shape)
-        placements = self._own(torch.empty(size, device="meta"), batch, heads)
-        strides = torch.empty(size, device="meta").stride()
+        if x is None:
+            return None
+        dims, shape = self._dims(batch, heads), list(x.shape)
+        for placement, dim in zip(self._placements, dims, strict=True):
+            if dim >= 0:
+                shape[dim] = self._sizes[_BATCH if placement.is_shard(_BATCH) else _HEADS]
         return DTensor.from_local(
-            x.contiguous(), self._mesh, placements, run_check=False, shape=size, stride=strides
+            x.contiguous(),
+            self._mesh,
+            [Shard(dim) if dim >= 0 else Replicate() for dim in dims],
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
         )
 
-    def draw_rng(self, device: torch.device) -> Tensor:
+    def draw_rng(self) -> Tensor:
         """What dropout draws its numbers from: others for each shard, the same for its copies."""
         shard, coordinate = 0, self._mesh.get_coordinate()
         assert coordinate is not None
         for dim, placement in enumerate(self._placements):
             if placement.is_shard():
                 shard = shard * self._mesh.size(dim) + coordinate[dim]
-        rng = draw_rng(torch.device(device.type))
+        rng = draw_rng(torch.device(self._mesh.device_type))
         return rng + torch.tensor([0, shard << 32], device=rng.device)

@@ -208,3 +208,16 @@ def test_key_and_value_in_groups_of_their_own() -> None:
     k, v = k[:, :3], v[:, :2]
     actual = scaled_dot_product_attention(q, k, v, enable_gqa=True)
     torch.testing.assert_close(actual, F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_keys_without_a_batch(batch: int, groups: int, backend: torch.device) -> None:
+    """All sequences share them, as many heads as there are sequences or not."""
+    q = torch.randn(batch, 4, 5, 8, device=backend)
+    k, v = torch.randn(2, groups, 7, 8, device=backend).unbind()
+    actual = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    expected = scaled_dot_product_attention(
+        q, k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1), enable_gqa=True
+    )
+    assert actual.shape == q.shape and torch.equal(actual, expected)

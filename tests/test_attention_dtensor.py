@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +93,36 @@ def check_mesh_of_two_dimensions() -> None:
         for ours, one in zip(actual, expected, strict=True):
             torch.testing.assert_close(whole(ours), one)
 
+    # Groups of heads are not cut further than they go.
+    tensors = draw(groups=2)
+    cut = [distribute_tensor(tensors[name], mesh, [Shard(1)] * 2) for name in INPUTS[:3]]
+    ours = scaled_dot_product_attention(*cut, enable_gqa=True)
+    one = scaled_dot_product_attention(*(tensors[name] for name in INPUTS[:3]), enable_gqa=True)
+    assert list(ours.placements) == [Shard(1), Replicate()] and torch.equal(whole(ours), one)
+    # Masks of a batch or heads of one, an uneven batch; copies of a shard drop the same weights.
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(3, 4, 6, 8, generator=generator) for _ in range(3))
+    for shape in ((3, 1, 6, 6), (1, 4, 6, 6), (3, 4, 1, 6), (6,)):
+        mask = torch.randn(shape, generator=generator).requires_grad_()
+        placed = distribute_tensor(mask.detach(), mesh, [Replicate()] * 2).requires_grad_()
+        cut = [distribute_tensor(x, mesh, [Shard(0), Shard(1)]) for x in (q, k, v)]
+        one = scaled_dot_product_attention(q, k, v, mask)
+        ours = scaled_dot_product_attention(*cut, placed)
+        assert torch.equal(whole(ours), one)
+        assert ours.is_contiguous() and ours.to_local().is_contiguous()
+        (one.square().sum() + ours.full_tensor().square().sum()).backward()
+        assert mask.grad is not None and placed.grad is not None
+        torch.testing.assert_close(whole(placed.grad), mask.grad)
+    ones = distribute_tensor(torch.ones(1, 4, 8, 8), mesh, [Replicate(), Shard(1)])
+    dropped = scaled_dot_product_attention(ones, ones, torch.eye(8).expand(1, 4, 8, 8), None, 0.5)
+    of_ranks = [torch.empty_like(dropped.to_local()) for _ in range(4)]
+    torch.distributed.all_gather(of_ranks, dropped.to_local())
+    assert torch.equal(of_ranks[0], of_ranks[2]) and torch.equal(of_ranks[1], of_ranks[3])
+    both = distribute_tensor(torch.ones(2, 4, 8, 8), mesh, [Shard(0), Shard(1)])
+    dropped = scaled_dot_product_attention(both, both, torch.eye(8).expand(2, 4, 8, 8), None, 0.5)
+    parts = whole(dropped).unfold(1, 2, 2).flatten(0, 1).unbind()
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
+
 
 def test_four_ranks(tmp_path: Path) -> None:
     on_ranks(4, tmp_path, check_mesh_of_two_dimensions)
@@ -107,6 +139,18 @@ def check_what_else() -> None:
     heads = distribute_tensor(q, mesh, [Shard(1)])
     mixed = scaled_dot_product_attention(heads, k, v, enable_gqa=True)
     assert torch.equal(whole(mixed), whole(out))
+    # So are keys of other dimensions or of another batch than the queries.
+    few = torch.randn(1, 4, 9, 8)
+    for queries, keys, values in (
+        (heads, k[0], v[0]), (heads, k[:1], v), (distribute_tensor(few, mesh, [Shard(0)]), k, v),
+        (distribute_tensor(q[0], mesh, [Shard(0)]), k[0], v[0]),
+        (distribute_tensor(q[None], mesh, [Shard(2)]), k, v),
+    ):  # fmt: skip
+        ours = scaled_dot_product_attention(queries, keys, values, enable_gqa=True)
+        one = scaled_dot_product_attention(whole(queries), keys, values, enable_gqa=True)
+        assert ours.shape == one.shape and torch.equal(whole(ours), one)
+    with pytest.raises(ValueError, match="k must have"):
+        scaled_dot_product_attention(heads, k[0, 0, 0], v)
     # Each shard drops weights of its own.
     ones = torch.ones(1, 2, 8, 8)
     same = distribute_tensor(ones, mesh, [Shard(1)])
@@ -130,13 +174,17 @@ def test_what_else_may_be_sharded(tmp_path: Path) -> None:
     on_ranks(2, tmp_path, check_what_else)
 
 
-def packed(tensors: dict[str, Tensor], **options: Any) -> list[Tensor]:
-    """Out, log-sum-exp and the gradient of every input, of sequences of 3, 0 and 6 queries."""
+CU_SEQLENS = [torch.tensor(ends, dtype=torch.int32) for ends in ([0, 3, 3, 9], [0, 4, 6, 12])]
+
+
+def packed(
+    tensors: dict[str, Tensor], lengths: Sequence[Tensor] = CU_SEQLENS, **options: Any
+) -> list[Tensor]:
+    """Out, log-sum-exp and the gradient of every input."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     out, lse = varlen_attention(
         *(leaves[name] for name in ("q", "k", "v")),
-        torch.tensor([0, 3, 3, 9], dtype=torch.int32),
-        torch.tensor([0, 4, 6, 12], dtype=torch.int32),
+        *lengths,
         attn_mask=leaves["attn_mask"],
         sink=leaves["sink"],
         return_lse=True,
@@ -162,7 +210,8 @@ def check_packed() -> None:
             name: distribute_tensor(t, mesh, [Shard(dim) if name in "qkv" else Replicate()])
             for name, t in tensors.items()
         }
-        actual = packed(sharded, window=(2, 1))
+        lengths = [distribute_tensor(x, mesh, [Replicate()]) for x in CU_SEQLENS]
+        actual = packed(sharded, lengths if dim == 1 else CU_SEQLENS, window=(2, 1))
         assert isinstance(actual[0], DTensor) and isinstance(actual[1], DTensor)
         assert actual[0].placements == ((Shard(1),) if dim == 1 else (Replicate(),))
         assert actual[1].placements == ((Shard(0),) if dim == 1 else (Replicate(),))
@@ -209,9 +258,56 @@ def check_caches() -> None:
             rows = [distribute_tensor(x, mesh, [Shard(2)]) for x in (k_cache, v_cache)]
             a, b = attend(new[0], *rows)[0], attend(q, k_cache, v_cache)[0]
             assert torch.equal(whole(a), b)
-            for wrong in (rows, [k_cache, v_cache]):
-                with pytest.raises(ValueError, match="k_cache must be a DTensor placed as"):
+            for wrong, name in (
+                (rows, "k"), ([k_cache, v_cache], "k"), ([ours[0], rows[1]], "v"),
+            ):  # fmt: skip
+                with pytest.raises(ValueError, match=f"{name}_cache must be a DTensor placed as"):
                     attend(new[0], *wrong, k=new[1], v=new[2])
+            assert all(torch.equal(whole(a), b) for a, b in zip(ours, mine, strict=True))
+
+
+def check_refusals_of_caches() -> None:
+    """Every rank refuses what an undivided call does, in its words, and has written nothing."""
+    mesh = init_device_mesh("cpu", (2,))
+    given = {name: draw()[name] for name in INPUTS[:3]}
+    q, k, v = given.values()
+    caches = torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 5)
+
+    def refused(dim: int, q: Tensor, *caches: Tensor, **options: Any) -> None:
+        lengths = torch.tensor([3, 7], dtype=torch.int32)
+        messages = []
+        place = [Shard(dim)]
+        sharded = [distribute_tensor(x, mesh, place) if x.dim() == 4 else x for x in (q, *caches)]
+        for tensors in ((q, *caches), sharded):
+            with pytest.raises(ValueError) as raised:
+                attention_with_kv_cache(*tensors, **{"cache_seqlens": lengths, **options})
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+        assert not any(whole(x).any() for x in sharded[1:])
+
+    def ints(*values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    for dim in (0, 1):
+        refused(dim, q, *(x[:1] for x in caches))
+        refused(dim, q, *(x[:1] for x in caches), k=k, v=v)
+        refused(dim, q, caches[0], caches[1][:, :1])
+        refused(dim, q, caches[0][0], caches[1])
+        refused(dim, q, *caches, k=k)
+        refused(dim, q, *caches, k=k[:1], v=v)
+        refused(dim, q, *caches, k=k, v=v[:, :1])
+        refused(dim, q, *caches, k=k[0, 0, 0], v=v)
+        refused(dim, q, *caches, k=k, v=v, cache_seqlens=ints(3))
+        refused(dim, q, *caches, k=k, v=v, cache_seqlens=torch.tensor(3, dtype=torch.int32))
+        refused(dim, q, *caches, k=k, v=v, cache_seqlens=ints(30, 3))
+        refused(dim, q, *caches, k=k, v=v, cache_seqlens=ints(3, -1))
+        refused(dim, q, *caches, k=k, v=v, block_table=ints([0], [2]))
+        refused(dim, q, *caches, k=k, v=v, block_table=ints([0]))
+        refused(dim, q, *caches, k=k, v=v, block_table=ints(0, 1))
+
+
+def test_refusals_of_caches(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, check_refusals_of_caches)
 
 
 def test_caches_of_shards(tmp_path: Path) -> None:
@@ -229,6 +325,7 @@ def check_one_sequence() -> None:
         out = scaled_dot_product_attention(leaf, k, v, enable_gqa=True)
         out.square().sum().backward()
         assert leaf.grad is not None
+        assert not cut or list(out.placements) == [Replicate()]
         grads += [whole(out), whole(leaf.grad)]
     assert torch.equal(grads[0], grads[2]) and torch.equal(grads[1], grads[3])
 
