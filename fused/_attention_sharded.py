@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from fused._attention_checks import check_cache
+from fused._attention_checks import check_cache, check_mask
 from fused._attention_composite import Attended, Options, draw_rng
 from fused._route import is_sharded
 
@@ -40,7 +40,8 @@ def attend_sharded(
     if options.dropout_p > 0:
         options = options._replace(rng=cut.draw_rng())
     q, k, v = (cut.local(x, batch, heads) for x in (query, key, value))
-    out, lse, weights = attend(q, k, v, cut.local_options(options))
+    sequences = query.shape[0] if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
+    out, lse, weights = attend(q, k, v, cut.local_options(options, sequences))
     return Attended(
         cut.whole(out, batch, heads),
         cut.whole(lse, batch, 0 if packed else heads),
@@ -70,7 +71,7 @@ def attend_cache_sharded(
         cut.local(k, batch, _HEADS),
         cut.local(v, batch, _HEADS),
         table,
-        cut.local_options(options),
+        cut.local_options(options, query.shape[0]),
     )
     return Attended(cut.whole(out, batch, _HEADS), cut.whole(lse, batch, _HEADS), None)
 
@@ -134,9 +135,12 @@ class _Cut:
         ]
         return x.redistribute(self._mesh, own).to_local(grad_placements=of_gradient)
 
-    def local_options(self, options: Options) -> Options:
+    def local_options(self, options: Options, sequences: int) -> Options:
         mask = options.attn_mask
         mask_dims = (_NOWHERE, _NOWHERE) if mask is None else (mask.dim() - 4, mask.dim() - 3)
+        if mask is not None and any(placement.is_shard() for placement in self._placements):
+            # A part of too few heads may be of size 1, which would do for all.
+            check_mask(mask, mask, (sequences, self._sizes[_HEADS], *mask.shape[-2:]))
         return options._replace(
             attn_mask=self.local(mask, *mask_dims),
             alibi_slopes=self.local(options.alibi_slopes, heads=0),

@@ -151,6 +151,9 @@ def check_what_else() -> None:
         assert ours.shape == one.shape and torch.equal(whole(ours), one)
     with pytest.raises(ValueError, match="k must have"):
         scaled_dot_product_attention(heads, k[0, 0, 0], v)
+    for mask in (torch.zeros(2, 9, 12), torch.zeros(3, 1, 1, 12)):
+        with pytest.raises(ValueError, match="attn_mask must be broadcastable to"):
+            scaled_dot_product_attention(heads, k, v, mask, enable_gqa=True)
     # Each shard drops weights of its own.
     ones = torch.ones(1, 2, 8, 8)
     same = distribute_tensor(ones, mesh, [Shard(1)])
