@@ -166,7 +166,7 @@ def attend(
         def attend_part(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
             return attend(q, k, v, options, enable_gqa, need_lse, need_weights)
 
-        return attend_sharded(attend_part, query, key, value, options)
+        return attend_sharded(attend_part, query, key, value, options, enable_gqa)
     query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3], forward_mode=True)
     unsupported = _unsupported(query, key, value, options.attn_mask, enable_gqa)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused import _route
 from fused._attention import Extras, make_options, results
-from fused._attention_checks import check_cache, check_device
+from fused._attention_checks import check_device
 from fused._attention_composite import Attended, Options, compute_dtype
 from fused._attention_function import empty_heads
 from fused._attention_sharded import attend_cache_sharded
@@ -143,6 +143,5 @@ def _attend_cache(
 def _(q: Tensor, k_cache: Tensor, v_cache: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     check_device("k_cache", k_cache, q)
     check_device("v_cache", v_cache, q)
-    check_cache(q, k_cache, v_cache, *others[:4])
     lse = q.new_empty(q.shape[:3], dtype=compute_dtype(q))
     return empty_heads(q, v_cache.shape[-1]), lse

@@ -1,7 +1,7 @@
 """What the glue of attention's kernels refuses, refused in its words where no kernel runs.
 
-csrc/attention/attention_glue.cpp checks what reaches a kernel, and no such call comes through here:
-these are for PyTorch's operators and for traced graphs.
+csrc/attention/attention_glue.cpp checks what reaches a kernel. These are for PyTorch's operators,
+for traced graphs, and for DTensors, of which the glue would see one rank's part.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def check_inputs(
 
 def check_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor,
-    k: Tensor | None, v: Tensor | None, block_table: Tensor | None,
+    k: Tensor | None, v: Tensor | None, block_table: Tensor | None, attn_mask: Tensor | None,
 ) -> None:  # fmt: skip
     """Of `attention_with_kv_cache`: shapes, and lengths and pages where reading them is free."""
     if (k is None) != (v is None):
@@ -57,7 +57,12 @@ def check_cache(
             raise ValueError(
                 f"attention: {argument} must have {number} dimensions, got {list(x.shape)}"
             )
-    batch = q.shape[0]
+    batch, heads, _, head_dim = q.shape
+    if k_cache.shape[3] != head_dim:
+        raise ValueError(
+            f"attention: k_cache must have the head_dim of q ({head_dim}), "
+            f"got {list(k_cache.shape)}"
+        )
     if block_table is None and k_cache.shape[0] != batch:
         raise ValueError(
             f"attention: k_cache must have the batch of q ({batch}), got {list(k_cache.shape)}"
@@ -78,7 +83,10 @@ def check_cache(
             raise ValueError(
                 f"attention: {argument} must have the shape {shape}, got {list(x.shape)}"
             )
-    if cache_seqlens.is_cpu and not _route.is_traced(cache_seqlens, block_table):
+    if attn_mask is not None:
+        check_mask(attn_mask, q, (batch, heads, *attn_mask.shape[-2:]))
+    readable = cache_seqlens.is_cpu and not _route.is_traced(cache_seqlens, block_table)
+    if readable and cache_seqlens.dtype == torch.int32:
         _check_lengths(k_cache, cache_seqlens, num_new_keys, block_table)
 
 
@@ -96,7 +104,8 @@ def _check_lengths(
             )
         if block_table is None:
             continue
-        for page in block_table[sequence, : -(-keys // page_size)].tolist():
+        pages = -(-keys // page_size) if keys > 0 else 0
+        for page in block_table[sequence, :pages].tolist():
             if not 0 <= page < num_pages:
                 raise ValueError(
                     f"attention: block_table must name one of {num_pages} pages, got {page}"

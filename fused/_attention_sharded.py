@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from fused._attention_checks import check_cache, check_mask
+from fused._attention_checks import check_cache, check_inputs
 from fused._attention_composite import Attended, Options, draw_rng
 from fused._route import is_sharded
 
@@ -29,19 +29,22 @@ _Given = TypeVar("_Given", Tensor, "Tensor | None")
 
 def attend_sharded(
     attend: Callable[[Tensor, Tensor, Tensor, Options], Attended],
-    query: DTensor, key: Tensor, value: Tensor, options: Options,
+    query: DTensor, key: Tensor, value: Tensor, options: Options, enable_gqa: bool = True,
 ) -> Attended:  # fmt: skip
     """`attend` on each rank's part of [B, H, S, D] or of packed [S, H, D]; results as the query."""
     packed = options.cu_seqlens_q is not None
-    is_plain = {x.dim() for x in (query, key, value)} == {3 if packed else 4}
-    batch = _BATCH if is_plain and not packed else _NOWHERE
-    heads = _HEADS if is_plain else _NOWHERE
+    batch = heads = _NOWHERE
+    if {x.dim() for x in (query, key, value)} == {3 if packed else 4}:
+        # All ranks refuse what one has to, and parts of size 1 are not broadcast.
+        check_inputs(query, key, value, options, enable_gqa)
+        batch = _NOWHERE if packed else _BATCH
+        if enable_gqa or query.shape[_HEADS] == key.shape[_HEADS] == value.shape[_HEADS]:
+            heads = _HEADS
     cut = _Cut((query, key, value), batch, heads)
     if options.dropout_p > 0:
         options = options._replace(rng=cut.draw_rng())
     q, k, v = (cut.local(x, batch, heads) for x in (query, key, value))
-    sequences = query.shape[0] if options.cu_seqlens_q is None else len(options.cu_seqlens_q) - 1
-    out, lse, weights = attend(q, k, v, cut.local_options(options, sequences))
+    out, lse, weights = attend(q, k, v, cut.local_options(options))
     return Attended(
         cut.whole(out, batch, heads),
         cut.whole(lse, batch, 0 if packed else heads),
@@ -57,7 +60,7 @@ def attend_cache_sharded(
     """`attend` on each rank's part. Of pages, which sequences share, only the heads are cut."""
     lengths, table = _gathered(cache_seqlens), _gathered(block_table)
     # All ranks refuse what one has to, before any has written.
-    check_cache(query, k_cache, v_cache, lengths, k, v, table)
+    check_cache(query, k_cache, v_cache, lengths, k, v, table, options.attn_mask)
     batch = _BATCH if table is None else _NOWHERE
     cut = _Cut((query, k_cache, v_cache), batch, _HEADS)
     if k is not None:
@@ -71,7 +74,7 @@ def attend_cache_sharded(
         cut.local(k, batch, _HEADS),
         cut.local(v, batch, _HEADS),
         table,
-        cut.local_options(options, query.shape[0]),
+        cut.local_options(options),
     )
     return Attended(cut.whole(out, batch, _HEADS), cut.whole(lse, batch, _HEADS), None)
 
@@ -135,29 +138,26 @@ class _Cut:
         ]
         return x.redistribute(self._mesh, own).to_local(grad_placements=of_gradient)
 
-    def local_options(self, options: Options, sequences: int) -> Options:
+    def local_options(self, options: Options) -> Options:
         mask = options.attn_mask
         mask_dims = (_NOWHERE, _NOWHERE) if mask is None else (mask.dim() - 4, mask.dim() - 3)
-        if mask is not None and any(placement.is_shard() for placement in self._placements):
-            # A part of too few heads may be of size 1, which would do for all.
-            check_mask(mask, mask, (sequences, self._sizes[_HEADS], *mask.shape[-2:]))
         return options._replace(
             attn_mask=self.local(mask, *mask_dims),
             alibi_slopes=self.local(options.alibi_slopes, heads=0),
             sink=self.local(options.sink, heads=0),
-            cu_seqlens_q=self.local(options.cu_seqlens_q),
-            cu_seqlens_k=self.local(options.cu_seqlens_k),
+            cu_seqlens_q=_gathered(options.cu_seqlens_q),
+            cu_seqlens_k=_gathered(options.cu_seqlens_k),
         )
 
     def check_in_place(self, argument: str, cache: Tensor, batch: int) -> None:
         """A cache that is written must not be one that is gathered or cut first."""
         own = self._own(cache, batch, _HEADS)
-        placed = list(cache.placements) if is_sharded(cache) else None
-        sizes = [self._mesh.size(dim) for dim in range(self._mesh.ndim)]
-        if placed is None or any(a != b and n > 1 for a, b, n in zip(placed, own, sizes)):
+        placed = list(cache.placements) if is_sharded(cache) else [None] * len(own)
+        ranks = [self._mesh.size(dim) for dim in range(len(own))]
+        if any(a != b and n > 1 for a, b, n in zip(placed, own, ranks, strict=True)):
             raise ValueError(
                 f"attention: {argument} must be a DTensor placed as the call is cut, {own}, where "
-                f"it is written, got {placed or 'a plain tensor'}"
+                f"it is written, got {placed if is_sharded(cache) else 'a plain tensor'}"
             )
 
     def whole(self, x: _Given, batch: int, heads: int) -> _Given:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import fused
@@ -131,6 +132,20 @@ def test_errors_come_before_anything_is_written(
         attention_with_kv_cache(*tensors, **options)
     assert str(caught.value).splitlines()[0] == f"attention: {text}"
     assert versions == [x._version for x in tensors]
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_a_mask_of_its_own_length(batch: int, backend: torch.device) -> None:
+    """Whatever room the cache has, and for no sequence too."""
+    q, k, v = torch.randn(3, batch, 2, 5, 8, device=backend).unbind()
+    caches = torch.zeros(2, batch, 2, 9, 8, device=backend).unbind()
+    lengths = torch.full((batch,), 3, dtype=torch.int32, device=backend)
+    for keys in (8, 12):
+        mask = torch.randn(5, keys, device=backend)
+        out = attention_with_kv_cache(q, *caches, cache_seqlens=lengths, k=k, v=v, attn_mask=mask)
+        joined = [F.pad(x, (0, 0, 3, 0)) for x in (k, v)]
+        expected = scaled_dot_product_attention(q, *joined, mask[:, :8], window=(-1, 0))
+        torch.testing.assert_close(out, expected)
 
 
 def test_the_cache_is_marked_as_changed(backend: torch.device) -> None:

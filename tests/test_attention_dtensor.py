@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,16 @@ def check_mesh_of_two_dimensions() -> None:
     parts = whole(dropped).unfold(1, 2, 2).flatten(0, 1).unbind()
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(parts, 2))
 
+    # A rank without a sequence takes a mask of any length, as the others do.
+    line = init_device_mesh("cpu", (4,))
+    options = {"cache_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32)}
+    options["attn_mask"] = torch.randn(6, 25, generator=generator)
+    room = torch.randn(3, 4, 20, 8, generator=generator)
+    cut = [distribute_tensor(x, line, [Shard(0)]) for x in (q, room, room, k, v)]
+    ours = attention_with_kv_cache(*cut[:3], k=cut[3], v=cut[4], **options)
+    one = attention_with_kv_cache(q, room.clone(), room.clone(), k=k, v=v, **options)
+    assert torch.equal(whole(ours), one)
+
 
 def test_four_ranks(tmp_path: Path) -> None:
     on_ranks(4, tmp_path, check_mesh_of_two_dimensions)
@@ -152,8 +163,20 @@ def check_what_else() -> None:
     with pytest.raises(ValueError, match="k must have"):
         scaled_dot_product_attention(heads, k[0, 0, 0], v)
     for mask in (torch.zeros(2, 9, 12), torch.zeros(3, 1, 1, 12)):
-        with pytest.raises(ValueError, match="attn_mask must be broadcastable to"):
+        rule = re.escape("attn_mask must be broadcastable to [2, 4, 9, 12]")
+        with pytest.raises(ValueError, match=rule):
             scaled_dot_product_attention(heads, k, v, mask, enable_gqa=True)
+    # Heads that only enable_gqa groups are not made parts of one that would do for all.
+    with pytest.raises(ValueError, match="heads that broadcast"):
+        scaled_dot_product_attention(
+            heads, *(distribute_tensor(x, mesh, [Shard(1)]) for x in (k, v))
+        )
+    # The mask has the batch of the result.
+    first = distribute_tensor(q[:1], mesh, [Shard(1)])
+    mask = torch.randn(2, 4, 9, 12, generator=torch.Generator().manual_seed(5))
+    ours = scaled_dot_product_attention(first, k, v, mask, enable_gqa=True)
+    one = scaled_dot_product_attention(q[:1], k, v, mask, enable_gqa=True)
+    assert ours.shape == one.shape and torch.equal(whole(ours), one)
     # Each shard drops weights of its own.
     ones = torch.ones(1, 2, 8, 8)
     same = distribute_tensor(ones, mesh, [Shard(1)])
@@ -276,13 +299,15 @@ def check_refusals_of_caches() -> None:
     q, k, v = given.values()
     caches = torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 5)
 
-    def refused(dim: int, q: Tensor, *caches: Tensor, **options: Any) -> None:
+    def refused(
+        dim: int, q: Tensor, *caches: Tensor, error: type[Exception] = ValueError, **options: Any
+    ) -> None:
         lengths = torch.tensor([3, 7], dtype=torch.int32)
         messages = []
         place = [Shard(dim)]
         sharded = [distribute_tensor(x, mesh, place) if x.dim() == 4 else x for x in (q, *caches)]
         for tensors in ((q, *caches), sharded):
-            with pytest.raises(ValueError) as raised:
+            with pytest.raises(error) as raised:
                 attention_with_kv_cache(*tensors, **{"cache_seqlens": lengths, **options})
             messages.append(str(raised.value))
         assert messages[0] == messages[1]
@@ -307,6 +332,9 @@ def check_refusals_of_caches() -> None:
         refused(dim, q, *caches, k=k, v=v, block_table=ints([0], [2]))
         refused(dim, q, *caches, k=k, v=v, block_table=ints([0]))
         refused(dim, q, *caches, k=k, v=v, block_table=ints(0, 1))
+        refused(dim, q[..., :7], *caches, k=k, v=v)
+        refused(dim, q, *caches, cache_seqlens=torch.tensor([90, 3]), error=TypeError)
+        refused(dim, q, *caches, k=k, v=v, attn_mask=torch.zeros(2, 1, 12))
 
 
 def test_refusals_of_caches(tmp_path: Path) -> None:

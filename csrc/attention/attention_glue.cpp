@@ -96,15 +96,14 @@ void set_cache(AttentionProblem& problem, const at::Tensor& k, const Cache& cach
 
 }  // namespace
 
-// A mask for sequences of their own lengths brings its own number of rows and columns.
-AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p) {
+AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p,
+                        bool own_lengths) {
   check_same_device(kOp, "attn_mask", mask, "q", q);
   const bool is_bool = mask.scalar_type() == at::kBool;
-  const bool packed = p.maybe_cu_seqlens_q != nullptr || p.maybe_cache_seqlens != nullptr;
   int64_t shape[] = {p.num_sequences, p.num_heads, p.seqlen_q, p.seqlen_k};
   int64_t strides[] = {0, 0, 0, 0};
   int32_t extents[] = {0, 0, kMaxLength, kMaxLength};
-  for (int64_t dim = 2; packed && dim < 4; ++dim) {
+  for (int64_t dim = 2; own_lengths && dim < 4; ++dim) {
     shape[dim] = mask.dim() >= 4 - dim ? mask.size(dim - 4) : 1;
   }
   bool broadcasts = mask.dim() <= 4;
@@ -233,7 +232,10 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.head_dim_v = checked_int32(kOp, "the head_dim of v", v.size(-1));
   set_sequences(problem, q, k, options);
   if (maybe_cache != nullptr) set_cache(problem, k, *maybe_cache);
-  if (options.attn_mask) problem.mask = make_mask(*options.attn_mask, q, problem);
+  if (options.attn_mask) {
+    const bool own_lengths = maybe_cache != nullptr || options.cu_seqlens_q;
+    problem.mask = make_mask(*options.attn_mask, q, problem, own_lengths);
+  }
   problem.maybe_alibi_slopes = head_values("alibi_slopes", options.alibi_slopes, q);
   problem.maybe_sink = head_values("sink", options.sink, q);
   problem.window_left = window_bound("window_left", options.window_left);

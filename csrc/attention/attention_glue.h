@@ -53,8 +53,10 @@ std::vector<int64_t> rows_shape(const at::Tensor& q, std::optional<int64_t> valu
 at::ScalarType compute_dtype(const at::Tensor& q);
 void check_compute_dtype(const char* argument, const at::Tensor& tensor, const at::Tensor& q);
 
-// A mask for a problem whose sizes are known.
-AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p);
+// A mask for a problem whose sizes are known. For sequences of their own lengths it brings its own
+// number of rows and columns.
+AttentionMask make_mask(const at::Tensor& mask, const at::Tensor& q, const AttentionProblem& p,
+                        bool own_lengths);
 
 // A value for each head, or nullptr.
 const void* head_values(const char* argument, const std::optional<at::Tensor>& maybe_values,

@@ -76,7 +76,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
     FUSED_CHECK_TYPE(params.mask.kind == MaskKind::kAdditive, kOp,
                      ": attn_mask_tangent must come with a floating attn_mask, got ",
                      attn_mask->scalar_type());
-    tangents.mask = make_mask(*attn_mask_tangent, q, params);
+    tangents.mask = make_mask(*attn_mask_tangent, q, params, cu_seqlens_q.has_value());
   }
   MaybeTensor of_slopes = alibi_slopes_tangent, of_sink = sink_tangent;
   tangents.maybe_alibi_slopes =
