@@ -161,13 +161,13 @@ def attend(
     """What `scaled_dot_product_attention` does, for checked options; `rng` is drawn here."""
     if query.is_nested and not need_weights and is_packed(query, key, value, enable_gqa):
         return attend_jagged(query, key, value, options)
+    query, key, value = _route.autocast(query.device.type, query, key, value)
     if _route.is_sharded(query):
 
         def attend_part(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
             return attend(q, k, v, options, enable_gqa, need_lse, need_weights)
 
         return attend_sharded(attend_part, query, key, value, options, enable_gqa)
-    query, key, value = _route.autocast(query.device.type, query, key, value)
     transform = _route.composite_reason(query, key, value, *options[:3], forward_mode=True)
     unsupported = _unsupported(query, key, value, options.attn_mask, enable_gqa)
     _route.report("attention", query.device, transform or unsupported)

@@ -17,9 +17,9 @@ from fused._attention_sharded import attend_sharded
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Attended:
     """q [S, H, D], k [T, G, D], v [T, G, Dv] with the cu_seqlens of checked options."""
+    q, k, v = _route.autocast(q.device.type, q, k, v)
     if _route.is_sharded(q):
         return attend_sharded(attend_packed, q, k, v, options)
-    q, k, v = _route.autocast(q.device.type, q, k, v)
     transform = _route.composite_reason(q, k, v, *options[:3], forward_mode=True)
     reason = transform
     if reason is None and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM:

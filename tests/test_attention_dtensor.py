@@ -177,6 +177,11 @@ def check_what_else() -> None:
     ours = scaled_dot_product_attention(first, k, v, mask, enable_gqa=True)
     one = scaled_dot_product_attention(q[:1], k, v, mask, enable_gqa=True)
     assert ours.shape == one.shape and torch.equal(whole(ours), one)
+    # Autocast makes the dtypes one, before they are checked.
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = scaled_dot_product_attention(heads, k.bfloat16(), v, enable_gqa=True)
+        one = scaled_dot_product_attention(q, k.bfloat16(), v, enable_gqa=True)
+    assert ours.dtype == torch.bfloat16 and torch.equal(whole(ours), one)
     # Each shard drops weights of its own.
     ones = torch.ones(1, 2, 8, 8)
     same = distribute_tensor(ones, mesh, [Shard(1)])
