@@ -49,14 +49,15 @@ def check_cache(
     if (k is None) != (v is None):
         raise ValueError("attention: k and v must be given together, got one")
     new = [] if k is None or v is None else [("k", k, k_cache), ("v", v, v_cache)]
-    dims = [("q", q, 4), ("k_cache", k_cache, 4), ("v_cache", v_cache, 4)]
-    dims += [(argument, x, 4) for argument, x, _ in new]
-    dims += [] if block_table is None else [("block_table", block_table, 2)]
-    for argument, x, number in dims:
-        if x.dim() != number:
-            raise ValueError(
-                f"attention: {argument} must have {number} dimensions, got {list(x.shape)}"
-            )
+    for argument, x in [
+        ("q", q),
+        ("k_cache", k_cache),
+        ("v_cache", v_cache),
+        *(n[:2] for n in new),
+    ]:
+        _check_dim(argument, x, least=4, most=4)
+    if block_table is not None:
+        _check_dim("block_table", block_table, least=2, most=2)
     batch, heads, _, head_dim = q.shape
     if k_cache.shape[3] != head_dim:
         raise ValueError(
@@ -143,15 +144,19 @@ def broadcast_batch(query: Tensor, key: Tensor, value: Tensor, last: int = 3) ->
         ) from None
 
 
+def _check_dim(argument: str, x: Tensor, least: int, most: int | None) -> None:
+    if x.dim() < least or (most is not None and x.dim() > most):
+        number = f"{least} or more" if most is None else most
+        raise ValueError(
+            f"attention: {argument} must have {number} dimensions, got {list(x.shape)}"
+        )
+
+
 def _check_operands(q: Tensor, k: Tensor, v: Tensor, least: int, most: int | None) -> None:
     if not q.is_floating_point():
         raise TypeError(f"attention: q must be floating, got {q.dtype}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() < least or (most is not None and x.dim() > most):
-            number = f"{least} or more" if most is None else most
-            raise ValueError(
-                f"attention: {name} must have {number} dimensions, got {list(x.shape)}"
-            )
+        _check_dim(name, x, least, most)
         check_device(name, x, q)
         if x.dtype != q.dtype:
             raise TypeError(

@@ -110,8 +110,10 @@ class _Cut:
 
     def _dims(self, batch: int, heads: int) -> list[int]:
         """Which of a tensor's dimensions each dimension of the mesh cuts."""
+        from torch.distributed.tensor import Shard
+
         return [
-            (batch if placement.is_shard(_BATCH) else heads) if placement.is_shard() else _NOWHERE
+            (batch, heads)[placement.dim] if isinstance(placement, Shard) else _NOWHERE
             for placement in self._placements
         ]
 
@@ -153,8 +155,7 @@ class _Cut:
         """A cache that is written must not be one that is gathered or cut first."""
         own = self._own(cache, batch, _HEADS)
         placed = list(cache.placements) if is_sharded(cache) else [None] * len(own)
-        ranks = [self._mesh.size(dim) for dim in range(len(own))]
-        if any(a != b and n > 1 for a, b, n in zip(placed, own, ranks, strict=True)):
+        if any(a != b and n > 1 for a, b, n in zip(placed, own, self._mesh.shape, strict=True)):
             raise ValueError(
                 f"attention: {argument} must be a DTensor placed as the call is cut, {own}, where "
                 f"it is written, got {placed if is_sharded(cache) else 'a plain tensor'}"
@@ -168,8 +169,8 @@ class _Cut:
             return None
         dims, shape = self._dims(batch, heads), list(x.shape)
         for placement, dim in zip(self._placements, dims, strict=True):
-            if dim >= 0:
-                shape[dim] = self._sizes[_BATCH if placement.is_shard(_BATCH) else _HEADS]
+            if isinstance(placement, Shard):
+                shape[dim] = self._sizes[placement.dim]
         return DTensor.from_local(
             x.contiguous(),
             self._mesh,

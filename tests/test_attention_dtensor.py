@@ -52,6 +52,17 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def assert_the_whole(
+    actual: list[Tensor], expected: list[Tensor], exact: list[Tensor], own: int
+) -> None:
+    """The first `own` are of a rank's rows alone, the others summed over what the ranks have."""
+    for i, (ours, one, reference) in enumerate(zip(actual, expected, exact, strict=True)):
+        if i < own:
+            assert torch.equal(whole(ours), one)
+        else:
+            assert_as_accurate_as_stock(whole(ours), reference, one)
+
+
 def check_shards(dim: int, groups: int) -> None:
     mesh = init_device_mesh("cpu", (2,))
     tensors = draw(groups)
@@ -66,11 +77,7 @@ def check_shards(dim: int, groups: int) -> None:
     sharded = {name: distribute_tensor(t, mesh, placed[name]) for name, t in tensors.items()}
     actual = attended(sharded)
     assert isinstance(actual[0], DTensor) and list(actual[0].placements) == placed["value"]
-    for i, (ours, one, reference) in enumerate(zip(actual, expected, exact, strict=True)):
-        if i < 5:  # of their own rows alone
-            assert torch.equal(whole(ours), one)
-        else:  # summed over what the ranks have
-            assert_as_accurate_as_stock(whole(ours), reference, one)
+    assert_the_whole(actual, expected, exact, own=5)
 
 
 @pytest.mark.parametrize(("dim", "groups"), [(0, 2), (1, 2), (1, 1)])
@@ -247,11 +254,7 @@ def check_packed() -> None:
         assert actual[0].placements == ((Shard(1),) if dim == 1 else (Replicate(),))
         assert actual[1].placements == ((Shard(0),) if dim == 1 else (Replicate(),))
         assert actual[1].shape == (4, 9) and len(actual) == 7
-        for i, (ours, one, reference) in enumerate(zip(actual, expected, exact, strict=True)):
-            if i < 6:
-                assert torch.equal(whole(ours), one)
-            else:
-                assert_as_accurate_as_stock(whole(ours), reference, one)
+        assert_the_whole(actual, expected, exact, own=6)
 
 
 def test_packed_heads(tmp_path: Path) -> None:
@@ -300,8 +303,7 @@ def check_caches() -> None:
 def check_refusals_of_caches() -> None:
     """Every rank refuses what an undivided call does, in its words, and has written nothing."""
     mesh = init_device_mesh("cpu", (2,))
-    given = {name: draw()[name] for name in INPUTS[:3]}
-    q, k, v = given.values()
+    q, k, v = (draw()[name] for name in INPUTS[:3])
     caches = torch.zeros(2, 2, 20, 8), torch.zeros(2, 2, 20, 5)
 
     def refused(
