@@ -13,6 +13,7 @@
 #include <cstring>
 #include <vector>
 
+#include "common/prefetch.h"
 #include "optim/norm_batch.h"
 #include "optim/optim_glue.h"
 #include "optim/optim_ops.h"
@@ -111,10 +112,7 @@ inline bool KeptStep::next_is(const at::Tensor& tensor) {
   // Tensors lie scattered: what the one after some others needs is asked for now.
   constexpr size_t kAhead = 10;
   if (position_ + kAhead < seen_.size()) {
-    const char* next = reinterpret_cast<const char*>(seen_[position_ + kAhead].impl);
-    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
-      __builtin_prefetch(next + line);
-    }
+    prefetch(seen_[position_ + kAhead].impl, sizeof(c10::TensorImpl));
   }
   Seen& seen = seen_[position_];
   seen.impl = tensor.unsafeGetTensorImpl();

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "common/isa.h"
+#include "common/prefetch.h"
 #include "optim/chunks_cpu.h"
 #include "optim/norm.h"
 

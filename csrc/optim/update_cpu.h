@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/isa.h"
+#include "common/prefetch.h"
 #include "optim/chunks_cpu.h"
 #include "optim/optim_math.h"
 

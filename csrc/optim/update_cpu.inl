@@ -162,6 +162,23 @@ static void unscale_block(const OptimCommon& c, T* grad, A* g, int n) {
   unstage(g, grad, n);
 }
 
+// Asks for the block of all operands from `begin` on, line by line of all of them.
+template <typename T, typename S, int kStates>
+static void prefetch_block(const OptimCommon& c, const OptimTensor& t, int64_t begin) {
+  const auto ask = [](const void* data, int64_t i, size_t element_size) {
+    prefetch(static_cast<const char*>(data) + i * element_size);
+  };
+  constexpr int64_t kLine = kCacheLine / sizeof(Accumulator<T>);
+  for (int64_t i = begin; i < begin + kBlock; i += kLine) {
+    ask(t.grad, i, sizeof(T));
+    ask(t.param, i, sizeof(T));
+    for (int k = 0; k < kStates; ++k) ask(t.states[k], i, sizeof(S));
+    if (c.master == MasterType::kFloat32) ask(t.maybe_master, i, sizeof(float));
+    if (c.master == MasterType::kRemainder) ask(t.maybe_master, i, sizeof(int16_t));
+    if (t.maybe_ema != nullptr) ask(t.maybe_ema, i, sizeof(Accumulator<T>));
+  }
+}
+
 // Elements [begin, end) of a tensor; `begin` is a multiple of a block.
 template <typename Rule, typename T, typename S, bool kAll>
 static void update_blocks(const OptimCommon& c, const OptimTensor& t,
@@ -172,6 +189,7 @@ static void update_blocks(const OptimCommon& c, const OptimTensor& t,
   alignas(64) A param_buffer[kBlock], grad_buffer[kBlock], buffers[kMaxStates][kBlock];
   for (; begin < end; begin += kBlock) {
     const int n = static_cast<int>(end - begin < kBlock ? end - begin : kBlock);
+    if (begin + kBlock < end) prefetch_block<T, S, kStates>(c, t, begin + kBlock);
     T* grad = static_cast<T*>(t.grad) + begin;
     A* param = stage_param<T, A>(c, t, begin, param_buffer, n);
     A* g = stage<A>(grad, grad_buffer, n);

@@ -6,6 +6,7 @@
 #include "common/dtype.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
 #include "rotary/rotary.h"
 
