@@ -58,8 +58,7 @@ ignored_tests() { "$python" "$root/benchmarks/gpu_findings.py" ignored; }
 tests() {
   tree_without_package
   # shellcheck disable=SC2046  # one --ignore for each word
-  "$python" -m pytest -q $(ignored_tests) --junitxml="$work/tests.xml" \
-    tests tests/cuda_graphs.py
+  "$python" -m pytest -q $(ignored_tests) --junitxml="$work/tests.xml" tests
 }
 
 # One file of kernel tests, in one dtype where they have each case in all. Without torch's cache each

@@ -86,8 +86,7 @@ def check_cache(
             )
     if attn_mask is not None:
         check_mask(attn_mask, q, (batch, heads, *attn_mask.shape[-2:]))
-    readable = cache_seqlens.is_cpu and not _route.is_traced(cache_seqlens, block_table)
-    if readable and cache_seqlens.dtype == torch.int32:
+    if cache_seqlens.dtype == torch.int32 and _route.is_readable(cache_seqlens, block_table):
         _check_lengths(k_cache, cache_seqlens, num_new_keys, block_table)
 
 
@@ -209,7 +208,7 @@ def _check_cu_seqlens(argument: str, cu_seqlens: Tensor, operand: str, rows: Ten
             f"attention: {argument} must have one dimension, and one element more than there are "
             f"sequences, got {list(cu_seqlens.shape)}"
         )
-    if not cu_seqlens.is_cpu or _route.is_traced(cu_seqlens):
+    if not _route.is_readable(cu_seqlens):
         return
     values = cu_seqlens.tolist()
     falls = any(last < first for first, last in itertools.pairwise(values))

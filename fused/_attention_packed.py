@@ -68,7 +68,7 @@ def _check_lengths(key: Any, value: Any) -> None:
     """That each sequence has as many values as keys.
 
     Tensors of offsets of their own are compared: for that a GPU is waited for, unless it is a graph
-    that is traced, which compares them, and fails, when it runs.
+    that is traced or captured, which compares them, and fails, when it runs.
     """
     of_key, of_value = key.offsets(), value.offsets()
     if of_key is of_value or key.shape[2] == value.shape[2]:
@@ -76,7 +76,7 @@ def _check_lengths(key: Any, value: Any) -> None:
     rule = "attention: value must have the lengths of key"
     if of_key.shape != of_value.shape:
         raise ValueError(f"{rule}, of {key.shape[0]} sequences, got {value.shape[0]}")
-    if _route.is_traced(of_key, of_value):
+    if not _route.is_readable(of_key, of_value, waits=True):
         torch._assert_async((of_key == of_value).all(), f"{rule}, got others")
     elif not torch.equal(of_key, of_value):
         raise ValueError(f"{rule} {of_key.diff().tolist()}, got {of_value.diff().tolist()}")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     _Tensors = TypeVarTuple("_Tensors")
 
 _kernels: ModuleType = _load.load()
+_is_captured = False
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 # What kernels there are for, whatever the op.
@@ -60,11 +61,31 @@ def use_kernels(module: ModuleType) -> Iterator[None]:
         _kernels = previous
 
 
+@contextlib.contextmanager
+def use_capture() -> Iterator[None]:
+    """Kernels run although a dispatch mode looks on, which captures a graph of them. For tests."""
+    global _is_captured
+    _is_captured = True
+    try:
+        yield
+    finally:
+        _is_captured = False
+
+
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether someone must see the registered op instead of the function behind it."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > int(_is_captured):
         return True
     return any(t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta) for t in tensors)
+
+
+def is_readable(*tensors: Tensor | None, waits: bool = False) -> bool:
+    """Whether the host can look at what these hold. `waits`: also on a device, once it is there."""
+    if is_traced(*tensors) or _is_captured:
+        return False
+    if all(t is None or t.is_cpu for t in tensors):
+        return True
+    return waits and not torch.cuda.is_current_stream_capturing()
 
 
 def is_transformed() -> bool:

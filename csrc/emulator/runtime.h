@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <tuple>
 #include <utility>
 
@@ -97,6 +98,9 @@ struct Launch {
 };
 Status run(const Launch& launch);
 
+// Runs what makes a launch, or keeps it for later: see capture.h.
+Status submit(std::function<Status()> launch);
+
 template <class... P>
 Status launch(int architecture, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
               const std::tuple<std::decay_t<P>...>& values) {
@@ -105,8 +109,10 @@ Status launch(int architecture, void (*kernel)(P...), dim3 grid, dim3 block, siz
     std::apply(reinterpret_cast<void (*)(P...)>(const_cast<void*>(launch.kernel)),
                *static_cast<const Values*>(launch.values));
   };
-  return run({reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block, shared_bytes,
-              architecture});
+  return submit([=] {
+    return run({reinterpret_cast<const void*>(kernel), run_thread, &values, grid, block,
+                shared_bytes, architecture});
+  });
 }
 
 // Of the emulated device, times ten.

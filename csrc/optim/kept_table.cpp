@@ -6,7 +6,9 @@
 
 #include "common/dispatch.h"
 
-#if defined(FUSED_WITH_CUDA)
+#if defined(FUSED_EMULATED)
+#include "emulator/capture.h"
+#elif defined(FUSED_WITH_CUDA)
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #endif
 
@@ -15,10 +17,11 @@ namespace fused {
 #if defined(FUSED_EMULATED) || defined(FUSED_WITH_CUDA)
 namespace {
 
-// The stream by which a device's tables come and are read, or none where there are no tables.
+// The stream by which a device's tables come and are read, or none where there are no tables: a
+// captured graph would outlive the one that it reads.
 std::optional<int64_t> table_stream([[maybe_unused]] at::Device device) {
 #if defined(FUSED_EMULATED)
-  return 0;
+  return emulator::is_capturing() ? std::nullopt : std::optional<int64_t>(0);
 #else
   if (!device.is_cuda()) return std::nullopt;
   const c10::DeviceGuard guard(device);

@@ -20,6 +20,10 @@
 #include "optim/kept_step.h"
 #include "optim/optim_ops.h"
 
+#if defined(FUSED_EMULATED)
+#include "emulator/capture.h"
+#endif
+
 namespace fused::optim_bindings {
 
 // A hyperparameter as Python has it: a number or a tensor of one element.
@@ -37,6 +41,15 @@ struct Number {
 };
 
 using Outcome = std::optional<std::string>;
+
+// Whether a dispatch mode must see the registered op; one that captures emulated kernels need not.
+inline bool is_watched() {
+  using Modes = c10::impl::TorchDispatchModeTLS;
+#if defined(FUSED_EMULATED)
+  if (emulator::is_capturing()) return Modes::stack_len() > 1;
+#endif
+  return Modes::any_modes_set();
+}
 
 // What a group's step has kept, and for what it was asked.
 struct KeptGroup {
@@ -179,7 +192,7 @@ Outcome step_group(const RuleNames& rule, std::shared_ptr<KeptGroups> kept_group
                    const py::object& params_object, const py::dict& state, const StateNames& names,
                    const CommonArguments& common, const Options& rule_options, bool check_only,
                    StepPlan* maybe_plan) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return "mode";
+  if (is_watched()) return "mode";
   const StepOptions& options = common.options;
   const KeptGroup::Purpose purpose{&names, common.master_name, common.has_ema, options.capturable,
                                    options.writes_grads()};
@@ -307,7 +320,7 @@ inline at::Tensor gradient_norm(const py::list& groups,
 inline std::optional<at::Tensor> kept_gradient_norm(const std::shared_ptr<KeptGroups>& kept_groups,
                                                     const py::list& groups,
                                                     const std::optional<at::Tensor>& grad_scale) {
-  if (c10::impl::TorchDispatchModeTLS::any_modes_set()) return std::nullopt;
+  if (is_watched()) return std::nullopt;
   std::vector<KeptGroups::Loan> loans;
   int64_t numel = 0;
   for (const py::handle& params : groups) {

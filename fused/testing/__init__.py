@@ -1,7 +1,7 @@
 """What tests, gradient checks and benchmarks share: the rule of comparison and the lists of cases.
 
 The cases of each op are in `fused.testing.cases`, the CUDA kernels on a CPU in
-`fused.testing.emulator`.
+`fused.testing.emulator`, and graphs of them in `fused.testing.emulated_graph`.
 """
 
 from fused.testing.compare import assert_as_accurate_as_stock

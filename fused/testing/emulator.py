@@ -110,7 +110,7 @@ def emulated_cuda(
     if order is None:
         kernels = cast(ModuleType, _InEveryOrder(kernels))
     else:
-        _set_order(order)
+        set_order(order)
     try:
         with _route.use_kernels(kernels), _empty_is_nan():
             yield Launches()
@@ -119,7 +119,8 @@ def emulated_cuda(
         module().emulator.configure(**before._asdict())
 
 
-def _set_order(order: str | int) -> None:
+def set_order(order: str | int) -> None:
+    """In which order the threads of launches run from now on: see `emulated_cuda`."""
     name, seed = (order, 0) if isinstance(order, str) else ("random", order)
     module().emulator.configure(**_settings._replace(order=name, seed=seed)._asdict())
 
@@ -164,9 +165,11 @@ class _InEveryOrder:
         return partial(self._call, name, value) if callable(value) else value
 
     def _call(self, name: str, function: Callable[..., Any], *positional: Any, **named: Any) -> Any:
+        if module().emulator.is_capturing():  # by an EmulatedGraph, which launches nothing
+            return function(*positional, **named)
         args = (positional, named)
         before = _Snapshot(args)
-        _set_order(ORDERS[self._num_calls % len(ORDERS)])
+        set_order(ORDERS[self._num_calls % len(ORDERS)])
         self._num_calls += 1
         launches = Launches()
         result = function(*positional, **named)
@@ -176,7 +179,7 @@ class _InEveryOrder:
         expected = [*map(_bits, _tensors_in([result, args]))]
         for order in ORDERS:
             before.restore()
-            _set_order(order)
+            set_order(order)
             again = function(*positional, **named)
             found = [*map(_bits, _tensors_in([again, args]))]
             for index, (one, other) in enumerate(zip(expected, found, strict=True)):
