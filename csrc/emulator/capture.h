@@ -1,5 +1,5 @@
-// Launches kept instead of run, as a CUDA graph keeps them: each with a copy of its arguments, to be
-// run any number of times with what memory holds by then.
+// Launches kept instead of run, as a CUDA graph keeps them: each with a copy of its arguments, to
+// be run any number of times with what memory holds by then.
 #pragma once
 
 #include <cstddef>

@@ -47,8 +47,8 @@ FUSED_HOST_DEVICE double optim_sqrt(double x) { return sqrt(x); }
 template <typename A>
 struct AdamScales {
   A beta1, one_minus_beta1, beta2, one_minus_beta2;
-  A step_size;  // lr / (1 - beta1^t) * sqrt(1 - beta2^t)
-  A eps;        // that is given * sqrt(1 - beta2^t)
+  A step_size;    // lr / (1 - beta1^t) * sqrt(1 - beta2^t)
+  A eps;          // that is given * sqrt(1 - beta2^t)
   A param_decay;  // multiplies the parameter: 1 - lr * weight_decay, or 1
   A grad_decay;   // of the parameter, added to the gradient
   A grad_factor;
