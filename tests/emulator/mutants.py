@@ -173,6 +173,8 @@ def copy_tree() -> None:
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")
     built = [str(path.relative_to(ROOT)) for path in (ROOT / "fused").glob("*.so")]
+    if not built:
+        raise SystemExit("mutants: the tests need the built package: make install")
     for name in filter(None, [*names, *built, "fused/_build_info.py"]):
         target = TREE / name
         target.parent.mkdir(parents=True, exist_ok=True)
