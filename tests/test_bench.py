@@ -32,9 +32,9 @@ def small_case(build, name="double", dtype=torch.float32):
 
 
 def doubling(bench: Workbench, broken=lambda layers: False):
-    """A case whose fused result is off where ``broken`` says so."""
-    x = bench.tensor(64, 64, requires_grad=True)
-    grad = bench.tensor(64, 64)
+    """A case whose fused result is off where ``broken`` says so. Its products outweigh all else."""
+    x = bench.tensor(192, 192, requires_grad=True)
+    grad = bench.tensor(192, 192)
     run = forward_backward(bench.function(lambda: x @ x), [x], grad)
     return lambda: [out + 1e-3 * broken(bench.layers) for out in run()]
 

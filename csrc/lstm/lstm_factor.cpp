@@ -52,6 +52,11 @@ Factor::Factor(const at::Tensor& b, int64_t rows) : b_(b) {
 }
 
 at::Tensor Factor::product(const at::Tensor& a) const {
+#if defined(FUSED_EMULATED)
+  // Stands for the GPU's library, whose order of sums is not this CPU's library's: in double, as
+  // emulated tensor cores sum.
+  return at::mm(a.to(at::kDouble), b_.to(at::kDouble)).to(a.scalar_type());
+#endif
   if (!packed_.defined()) return at::mm(a, b_);
   const at::Tensor c = at::empty({a.size(0), b_.size(1)}, a.options());
   run(c, a, false);
