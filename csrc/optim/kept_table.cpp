@@ -18,7 +18,7 @@ namespace fused {
 namespace {
 
 // The stream by which a device's tables come and are read, or none where there are no tables: a
-// captured graph would outlive the one that it reads.
+// captured graph would outlive the table that it reads.
 std::optional<int64_t> table_stream([[maybe_unused]] at::Device device) {
 #if defined(FUSED_EMULATED)
   return emulator::is_capturing() ? std::nullopt : std::optional<int64_t>(0);

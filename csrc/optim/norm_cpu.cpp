@@ -19,7 +19,7 @@ Status norm_partials_cpu(const NormPartialsParams& p) {
       const T* data = static_cast<const T*>(p.tensors[i].data);
       for (; begin < end; begin += kOptimChunk, ++c) {
         const int64_t numel = std::min(kOptimChunk, end - begin);
-        p.partials[c] = FUSED_ISA_DISPATCH(sum_of_squares<T>, data + begin, numel);
+        p.partials[c] = FUSED_ISA_DISPATCH(sum_of_squares<T>, data + begin, numel, end - begin);
       }
     });
   });

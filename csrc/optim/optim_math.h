@@ -88,7 +88,7 @@ FUSED_HOST_DEVICE void adam_element(const AdamScales<A>& s, A grad, A& param, A&
     max_exp_avg_sq = keep ? max_exp_avg_sq : exp_avg_sq;
     second_moment = max_exp_avg_sq;
   }
-  // Of sqrt(v) / correction + eps above and below the line: a division less for each element.
+  // m / (sqrt(v) / c + eps) as c m / (sqrt(v) + c eps), with c in step_size and eps: one division.
   const A denominator = optim_sqrt(second_moment) + s.eps;
   param = s.param_decay * param - s.step_size * exp_avg / denominator;
 }

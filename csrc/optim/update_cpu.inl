@@ -162,7 +162,8 @@ static void unscale_block(const OptimCommon& c, T* grad, A* g, int n) {
   unstage(g, grad, n);
 }
 
-// Asks for the block of all operands from `begin` on, line by line of all of them.
+// Asks for the block of all operands from `begin` on, in turns: a cache line of the widest, and as
+// many elements of the others.
 template <typename T, typename S, int kStates>
 static void prefetch_block(const OptimCommon& c, const OptimTensor& t, int64_t begin) {
   const auto ask = [](const void* data, int64_t i, size_t element_size) {
