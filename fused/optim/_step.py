@@ -170,7 +170,8 @@ class FusedStep(RegisteredStep):
         """
         loss = None
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            _check_graph_capture(self)
+            if "capturable" in self.defaults:
+                _check_graph_capture(self)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
