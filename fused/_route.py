@@ -65,11 +65,11 @@ def use_kernels(module: ModuleType) -> Iterator[None]:
 def use_capture() -> Iterator[None]:
     """Kernels run although a dispatch mode looks on, which captures a graph of them. For tests."""
     global _is_captured
-    _is_captured = True
+    previous, _is_captured = _is_captured, True
     try:
         yield
     finally:
-        _is_captured = False
+        _is_captured = previous
 
 
 def is_traced(*tensors: Tensor | None) -> bool:
@@ -85,7 +85,8 @@ def is_readable(*tensors: Tensor | None, waits: bool = False) -> bool:
         return False
     if all(t is None or t.is_cpu for t in tensors):
         return True
-    return waits and not torch.cuda.is_current_stream_capturing()
+    on_cuda = any(t is not None and t.is_cuda for t in tensors)
+    return waits and not (on_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_transformed() -> bool:

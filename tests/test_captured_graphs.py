@@ -13,6 +13,7 @@ import torch
 from conftest import on_gpus
 from optim_states import STORED, assert_equal, everything
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import fused
 from fused import functional
@@ -36,6 +37,7 @@ class Replay:
         graph = EmulatedGraph()
         with graph.capture():
             self._results = call()
+        assert graph.num_launches > 0
         self._run = graph.replay
 
     def _capture_on_gpu(self, call: Callable[[], list[Tensor]]) -> None:
@@ -131,7 +133,16 @@ def test_jagged_keys_with_offsets_of_their_own(backend: torch.device) -> None:
         out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
         return [out.transpose(1, 2).values()]
 
-    assert_replays(call, packed)
+    replay = Replay(call, backend)
+    for ends in ([0, 30, 40, 90], [0, 5, 60, 90]):
+        redraw(packed)
+        for of_one in offsets:
+            of_one.copy_(torch.tensor(ends))
+        assert_equal(replay(), call())
+    if backend.type == "cpu":  # a GPU that an assertion stops is of no use to the tests behind
+        offsets[2].copy_(torch.tensor([0, 30, 40, 90]))
+        with pytest.raises(RuntimeError, match="value must have the lengths of key"):
+            replay()
 
 
 @pytest.mark.parametrize("is_paged", [False, True], ids=["contiguous", "pages"])
@@ -157,24 +168,47 @@ def test_a_cache_that_grows(is_paged: bool, backend: torch.device) -> None:
         assert_equal([*replay(), *caches], [*call(*copies), *copies])
 
 
-@pytest.mark.parametrize("op", ["conv", "lstm", "attention"])
-def test_modules(op: str, backend: torch.device) -> None:
-    if op == "conv":
-        module: torch.nn.Module = fused.Conv2d(8, 12, 3, padding=1, activation="relu")
-        x = draw(backend, 2, 8, 9, 9, dtype=torch.float32)
-    elif op == "lstm":
-        module, x = fused.LSTM(16, 24), draw(backend, 5, 3, 16, dtype=torch.float32)
-    else:
-        module = fused.Attention(64, 4, num_kv_heads=2, is_causal=True, batch_first=True)
-        x = draw(backend, 2, 20, 64, dtype=torch.float32)
-    leaves = [x.requires_grad_(), *module.to(backend).parameters()]
-    rotary = (torch.rand(20, 8, device=backend), torch.rand(20, 8, device=backend))
+def test_attention_in_parts(backend: torch.device) -> None:
+    leaves = [draw(backend, 1, 2, 40, 32).requires_grad_() for _ in range(5)]
 
-    def run() -> Tensor:
-        result = module(x, x, x, rotary=rotary) if op == "attention" else module(x)
-        return result if isinstance(result, Tensor) else result[0]
+    def call() -> tuple[Tensor, ...]:
+        q, *parts = leaves
+        attended = [
+            scaled_dot_product_attention(q, *parts[i : i + 2], return_lse=True) for i in (0, 2)
+        ]
+        return functional.merge_attention(*zip(*attended))
+
+    assert_replays(with_gradients(call, leaves), leaves)
+
+
+MODULES: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...]]] = {
+    "Conv1d": (lambda: fused.Conv1d(8, 8, 4, groups=8, activation="silu"), (2, 8, 30)),
+    "Conv2d": (lambda: fused.Conv2d(8, 12, 3, padding=1, activation="relu"), (2, 8, 9, 9)),
+    "Conv3d": (lambda: fused.Conv3d(3, 4, 3), (1, 3, 5, 6, 7)),
+    "LSTM": (lambda: fused.LSTM(16, 24, 2, bidirectional=True), (5, 3, 16)),
+    "LSTMCell": (lambda: fused.LSTMCell(16, 24), (3, 16)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules(name: str, backend: torch.device) -> None:
+    make, shape = MODULES[name]
+    module, x = make().to(backend), draw(backend, *shape, dtype=torch.float32)
+    leaves = [x.requires_grad_(), *module.parameters()]
+
+    def run() -> tuple[Tensor, ...]:
+        return tuple(tree_leaves(module(x)))
 
     assert_replays(with_gradients(run, leaves), leaves)
+
+
+def test_attention_with_other_angles(backend: torch.device) -> None:
+    module = fused.Attention(64, 4, num_kv_heads=2, is_causal=True, batch_first=True).to(backend)
+    x = draw(backend, 2, 20, 64, dtype=torch.float32)
+    leaves = [x.requires_grad_(), *module.parameters()]
+    rotary = (torch.rand(20, 8, device=backend), torch.rand(20, 8, device=backend))
+    call = with_gradients(lambda: module(x, x, x, rotary=rotary)[0], leaves)
+    assert_replays(call, [*leaves, *rotary])
 
 
 OPTIMIZERS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
@@ -221,6 +255,24 @@ def test_optimizers(name: str, count: int, backend: torch.device) -> None:
             torch.manual_seed(turn)
             run()
         assert_equal(everything(params, optimizer), everything(eager_params, eager))
+
+
+def test_a_learning_rate_that_changes(backend: torch.device) -> None:
+    parameter = draw(backend, 9, dtype=torch.float32).requires_grad_()
+    parameter.grad = torch.ones_like(parameter)
+    rate = torch.tensor(0.1, device=backend)
+    optimizer = fused.AdamW([parameter], lr=rate, capturable=True, weight_decay=0.0)
+
+    def step() -> list[Tensor]:
+        optimizer.step()
+        return [parameter.detach()]
+
+    replay = Replay(step, backend)
+    before = parameter.detach().clone()
+    assert not torch.equal(*replay(), before)
+    rate.zero_()
+    before = parameter.detach().clone()
+    assert_equal(replay(), [before])
 
 
 def test_clipping(backend: torch.device) -> None:

@@ -31,7 +31,7 @@ void check_int32(const char* argument, const at::Tensor& tensor, at::IntArrayRef
 
 // What can be told without waiting for a GPU.
 void check_values(const at::Tensor& k_cache, const Cache& cache, int64_t room) {
-  if (!k_cache.is_cpu()) return;
+  if (!is_readable(k_cache)) return;
   const int32_t* lengths = cache.cache_seqlens.const_data_ptr<int32_t>();
   for (int64_t b = 0; b < cache.cache_seqlens.size(0); ++b) {
     const int64_t keys = lengths[b] + cache.num_new_keys;

@@ -12,8 +12,20 @@
 #include "attention/attention_split.h"
 #include "common/dispatch.h"
 
+#if defined(FUSED_EMULATED)
+#include "emulator/capture.h"
+#endif
+
 namespace fused {
 namespace attention_glue {
+
+bool is_readable(const at::Tensor& tensor) {
+#if defined(FUSED_EMULATED)
+  if (emulator::is_capturing()) return false;
+#endif
+  return tensor.is_cpu();
+}
+
 namespace {
 
 void set_dropout(AttentionProblem& problem, double dropout_p,
@@ -60,7 +72,7 @@ const int32_t* check_cu_seqlens(const char* argument, const at::Tensor& cu_seqle
   FUSED_CHECK_VALUE(cu_seqlens.is_contiguous(), kOp, ": ", argument,
                     " must be contiguous, got strides ", cu_seqlens.strides());
   const int32_t* values = cu_seqlens.const_data_ptr<int32_t>();
-  if (!cu_seqlens.is_cpu()) return values;
+  if (!is_readable(cu_seqlens)) return values;
   const int32_t* end = values + cu_seqlens.size(0);
   FUSED_CHECK_VALUE(values[0] == 0 && std::is_sorted(values, end) && end[-1] <= rows.size(0), kOp,
                     ": ", argument, " must rise from 0 to at most the rows of ", operand, " (",

@@ -26,6 +26,9 @@ struct Options {
   int64_t window_left, window_right;
 };
 
+// Whether the host can look at what a tensor holds without waiting for a device.
+bool is_readable(const at::Tensor& tensor);
+
 // The sizes of [batch, heads, length, width], or of packed [length, heads, width].
 struct Sizes {
   int64_t batch, heads, length, width;

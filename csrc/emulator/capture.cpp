@@ -1,6 +1,7 @@
 #include "emulator/capture.h"
 
 #include <mutex>
+#include <stdexcept>
 #include <utility>
 
 #include "emulator/runtime.h"
@@ -23,6 +24,7 @@ Capture& capture() {
 
 void begin_capture() {
   const std::lock_guard<std::mutex> lock(capture().mutex);
+  if (capture().is_on) throw std::logic_error("emulator: a graph is being captured already");
   capture().is_on = true;
 }
 
