@@ -20,8 +20,8 @@ enum class Gradient { kQuery, kKey, kValue };
 
 // One warp for each row of out. Factor is how products take T.
 //
-// What is rounded off the sum is summed beside it (Knuth's two-sum): where a row sees one key, dp
-// is this sum in another order, and what is left of dp - delta would be nothing but their errors.
+// The sum is compensated: where a row sees one key, dp is this sum in another order, and what is
+// left of dp - delta would be nothing but their errors.
 template <typename T, typename Factor>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     attention_backward_delta_kernel(const AttentionBackwardParams p) {
@@ -38,18 +38,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const T* out = static_cast<const T*>(p.out) + start_of_row(p.out_strides);
   const Factor* grad_out =
       static_cast<const Factor*>(p.grad_out) + start_of_row(p.grad_out_strides);
-  A sum = 0, rounded_off = 0;
-  const auto add = [&](A term) {
-    const A next = sum + term, added = next - sum;
-    rounded_off += (sum - (next - added)) + (term - added);
-    sum = next;
-  };
-  for (int32_t d = lane; d < p.head_dim_v; d += kWarpSize) add(load(out[d]) * load(grad_out[d]));
-  rounded_off = warp_sum(rounded_off);
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-    add(__shfl_xor_sync(kFullWarp, sum, offset));
+  CompensatedSum<A> of_lane;
+  for (int32_t d = lane; d < p.head_dim_v; d += kWarpSize) {
+    of_lane.add(load(out[d]) * load(grad_out[d]));
   }
-  if (rounded_off == rounded_off) sum += rounded_off;  // of an infinite sum it is NaN
+  const A sum = compensated_warp_sum(of_lane).total();
   if (lane == 0) {
     const A* maybe_grad_lse = static_cast<const A*>(p.maybe_grad_lse);
     static_cast<A*>(p.delta)[index] = maybe_grad_lse ? sum - maybe_grad_lse[index] : sum;

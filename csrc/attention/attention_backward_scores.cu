@@ -189,34 +189,34 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
 }
 
 // A sum over the block in a fixed order; thread 0 has it.
-__device__ __forceinline__ double block_sum(double value, double* of_warps) {
-  value = warp_sum(value);
+__device__ __forceinline__ double block_sum(CompensatedSum<double> value,
+                                            CompensatedSum<double>* of_warps) {
+  value = compensated_warp_sum(value);
   __syncthreads();  // of_warps may still be read for the sum before
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kAttentionThreads / kWarpSize; ++w) sum += of_warps[w];
-  return sum;
+  CompensatedSum<double> sum;
+  for (int w = 0; w < kAttentionThreads / kWarpSize; ++w) sum.add(of_warps[w]);
+  return sum.total();
 }
 
-// One block for each head.
+// One block for each head. Its rows' shares may nearly cancel.
 template <typename A>
 __global__ void __launch_bounds__(kAttentionThreads)
     attention_backward_heads_kernel(const AttentionBackwardParams p) {
-  double* of_warps = shared_memory<double>();
+  auto* of_warps = shared_memory<CompensatedSum<double>>();
   const int32_t head = static_cast<int32_t>(blockIdx.x);
-  HeadGradients sum{0, 0};
+  CompensatedSum<double> alibi, sink;
   for (int32_t index = 0; index < p.num_sequences; ++index) {
     const Sequence sequence = sequence_of(p, index);
     const Band band = visible_band(p, sequence);
     for (int32_t row = threadIdx.x; row < sequence.seqlen_q; row += kAttentionThreads) {
       const HeadGradients of_row = head_gradients<A>(p, sequence, band, head, row);
-      sum.alibi += of_row.alibi;
-      sum.sink += of_row.sink;
+      alibi.add(of_row.alibi);
+      sink.add(of_row.sink);
     }
   }
-  sum.alibi = block_sum(sum.alibi, of_warps);
-  sum.sink = block_sum(sum.sink, of_warps);
+  const HeadGradients sum{block_sum(alibi, of_warps), block_sum(sink, of_warps)};
   if (threadIdx.x != 0) return;
   if (p.maybe_row_alibi != nullptr) {
     static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(sum.alibi);
@@ -254,7 +254,7 @@ Status launch_all_scores(const AttentionBackwardParams& p, Stream stream) {
   if (p.maybe_grad_alibi_slopes == nullptr && p.maybe_grad_sink == nullptr) return nullptr;
   return launch(attention_backward_heads_kernel<Accumulator<T>>,
                 dim3(static_cast<unsigned>(p.num_heads)), dim3(kAttentionThreads),
-                kAttentionThreads / kWarpSize * sizeof(double), stream, p);
+                kAttentionThreads / kWarpSize * sizeof(CompensatedSum<double>), stream, p);
 }
 
 }  // namespace

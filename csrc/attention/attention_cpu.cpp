@@ -8,6 +8,7 @@
 #include "attention/attention.h"
 #include "attention/attention_cpu_bf16.h"
 #include "attention/attention_score.h"
+#include "common/compensated_sum.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"

@@ -7,6 +7,7 @@
 #include <type_traits>
 
 #include "attention/attention_score.h"
+#include "common/compensated_sum.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "common/scratch.h"

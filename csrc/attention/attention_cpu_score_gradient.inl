@@ -182,19 +182,19 @@ static void row_alibi(const AttentionBackwardParams& p) {
 template <typename A>
 static void head_sums(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
   for (int32_t head = static_cast<int32_t>(begin); head < end; ++head) {
-    HeadGradients sum{0, 0};
+    CompensatedSum<double> alibi, sink;
     for (int32_t index = 0; index < p.num_sequences; ++index) {
       const Sequence sequence = sequence_of(p, index);
       const Band band = visible_band(p, sequence);
       for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
         const HeadGradients of_row = head_gradients<A>(p, sequence, band, head, row);
-        sum.alibi += of_row.alibi;
-        sum.sink += of_row.sink;
+        alibi.add(of_row.alibi);
+        sink.add(of_row.sink);
       }
     }
     if (p.maybe_row_alibi) {
-      static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(sum.alibi);
+      static_cast<A*>(p.maybe_grad_alibi_slopes)[head] = static_cast<A>(alibi.total());
     }
-    if (p.maybe_grad_sink) static_cast<A*>(p.maybe_grad_sink)[head] = static_cast<A>(sum.sink);
+    if (p.maybe_grad_sink) static_cast<A*>(p.maybe_grad_sink)[head] = static_cast<A>(sink.total());
   }
 }

@@ -115,7 +115,7 @@ class _Expand(torch.autograd.Function):
         summed = tuple(d for d, size in enumerate(padded) if size != grad.shape[d])
         exact = np.sum(grad.cpu().numpy(), axis=summed, dtype=np.longdouble)
         result = torch.from_numpy(exact.astype(np.float64)).to(grad.device)
-        return result.view(ctx.shape), *(None,) * grad.dim()
+        return result.view(ctx.shape), *(None,) * (len(ctx.needs_input_grad) - 1)
 
 
 def _run_definition(
