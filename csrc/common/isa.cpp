@@ -33,18 +33,29 @@ bool cpu_has(Isa isa) {
 
 constexpr Isa kBestFirst[] = {Isa::kAvx512Bf16, Isa::kAvx512, Isa::kAvx2, Isa::kGeneric};
 
-Isa widest() {
+// On Zen 5 attention in bfloat16 takes 0.6 of float32's time by these products, on Emerald Rapids
+// 1.7: there it is 1.4 to 1.7 times as fast in AVX-512, and a convolution 1.8 times.
+bool pays(Isa isa) {
+#if FUSED_X86
+  return isa != Isa::kAvx512Bf16 || __builtin_cpu_is("amd");
+#else
+  (void)isa;
+  return true;
+#endif
+}
+
+Isa fastest() {
   for (Isa isa : kBestFirst) {
-    if (cpu_has(isa)) return isa;
+    if (cpu_has(isa) && pays(isa)) return isa;
   }
   return Isa::kGeneric;
 }
 
 Isa choose() {
   const char* wanted = std::getenv("FUSED_ISA");
-  if (wanted == nullptr || *wanted == '\0') return widest();
+  if (wanted == nullptr || *wanted == '\0') return fastest();
   for (Isa isa : kBestFirst) {
-    if (std::strcmp(wanted, isa_name(isa)) == 0) return cpu_has(isa) ? isa : widest();
+    if (std::strcmp(wanted, isa_name(isa)) == 0) return cpu_has(isa) ? isa : fastest();
   }
   throw std::invalid_argument("FUSED_ISA must be generic, avx2, avx512 or avx512_bf16, got '" +
                               std::string(wanted) + "'");

@@ -15,7 +15,7 @@ namespace fused {
 // kAvx512Bf16; the others run their code for kAvx512.
 enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16 };
 
-// The widest set that this CPU has, or the one that FUSED_ISA=generic|avx2|avx512|avx512_bf16
+// The fastest set that this CPU has, or the one that FUSED_ISA=generic|avx2|avx512|avx512_bf16
 // names where the CPU has that. Decided on the first call; throws std::invalid_argument where
 // FUSED_ISA is none of them.
 FUSED_API Isa current_isa();
