@@ -72,6 +72,7 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
   const auto grad_out =
       query_matrix<T>(p.grad_out, p.grad_out_strides, h.sequence, h.head, p.head_dim_v);
   const TilePlace<false> tile{h.sequence, h.head, keys.row, keys.rows, row, rows};
+  if (mask_hides<Accumulator<T>>(p.mask, tile)) return;
   tile_weights(p, h.band, tile, over_columns(q, row, rows, scratch.q_columns.data()),
                over_columns(grad_out, row, rows, scratch.grad_out_columns.data()),
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);

@@ -128,8 +128,7 @@ struct ForwardPass {
         q_lanes(num_tiles * q_size(p)),
         weights(kOtherRows * kOwnRows<A>),
         scores(kOtherRows * kOwnRows<A>),
-        buffer(tile_size<A>(p.head_dim_v)),
-        mask(mask_buffer<A>(p)) {
+        buffer(tile_size<A>(p.head_dim_v)) {
     std::fill_n(scores.data(), kOtherRows * kOwnRows<A>, A(0));
   }
 
@@ -150,7 +149,7 @@ struct ForwardPass {
   void step(const Band& band, const TilePlace<true>& place, QueryTile<T>& tile) {
     const int32_t rows = place.other_rows;
     pair_products(k, rows, tile.q, tile.rows, p.head_dim, scores.data());
-    final_scores<A>(p, band, place, mask.data(), scores.data(), nullptr);
+    final_scores<A>(p, band, place, scores.data(), nullptr);
     softmax_step(rows, p.head_dim_v, scores.data(), tile.max, tile.sum, tile.result);
     multiply_by_dropout(p, place, scores.data());
     accumulate(v, rows, weights_over_rows(scores.data(), rows, weights.data()), tile.rows,
@@ -164,7 +163,7 @@ struct ForwardPass {
   const Params& p;
   const KeyBuffers<T> keys;
   const Scratch<E> q_lanes, weights;
-  const Scratch<A> scores, buffer, mask;
+  const Scratch<A> scores, buffer;
   TileRows<E> k, v;
 };
 
@@ -213,7 +212,8 @@ static void query_tasks(const typename Pass::Params& p, int32_t num_tiles, int64
                 std::min(kOtherRows, sequence.seqlen_k - key));
       for (int32_t t = 0; t < count; ++t) {
         if (key >= tiles[t].keys.end || key + kOtherRows <= tiles[t].keys.begin) continue;
-        pass.step(band, tiles[t].place(sequence, head, key), tiles[t]);
+        const TilePlace<true> place = tiles[t].place(sequence, head, key);
+        if (!mask_hides<A>(p.mask, place)) pass.step(band, place, tiles[t]);
       }
     }
     for (int32_t t = 0; t < count; ++t) pass.finish(sequence, head, tiles[t]);

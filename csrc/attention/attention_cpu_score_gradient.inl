@@ -112,6 +112,7 @@ class ScoreGradientSums {
         if (key >= keys.end || key + kOtherRows <= keys.begin) continue;
         const TilePlace<true> tile{sequence, head, row,
                                    rows,     key,  std::min(kOtherRows, sequence.seqlen_k - key)};
+        if (mask_hides<A>(p.mask, tile)) continue;
         tile_weights(p, band, tile, over_columns(k, key, tile.other_rows, buffer.data()),
                      over_columns(v, key, tile.other_rows, buffer_v.data()), own.data(),
                      own_v.data(), weights);

@@ -18,8 +18,7 @@ struct TangentPass {
         scores(kOtherRows * kRows),
         tangents(kOtherRows * kRows),
         slopes(p.softcap != 0 ? kOtherRows * kRows : 0),
-        buffer(tile_size<A>(p.head_dim_v)),
-        mask(mask_buffer<A>(p)) {
+        buffer(tile_size<A>(p.head_dim_v)) {
     std::fill_n(scores.data(), kOtherRows * kRows, A(0));
     std::fill_n(tangents.data(), kOtherRows * kRows, A(0));
   }
@@ -62,9 +61,9 @@ struct TangentPass {
     if (has_q) pair_products(k, rows, tangent_lanes(tile), tile.rows, p.head_dim, tangent);
     if (has_k) pair_products(k_tangent, rows, tile.q, tile.rows, p.head_dim, tangent, has_q);
     if (!has_q && !has_k) std::fill_n(tangent, rows * kRows, A(0));
-    final_scores<A>(p, band, place, mask.data(), score, slopes.data());
+    final_scores<A>(p, band, place, score, slopes.data());
     if (p.softcap != 0) multiply_by_slopes(rows, slopes.data(), tangent);
-    final_scores<A>(p.tangents, band, place, mask.data(), tangent, nullptr);
+    final_scores<A>(p.tangents, band, place, tangent, nullptr);
 #pragma omp simd
     for (int32_t i = 0; i < rows * kRows; ++i) {
       tangent[i] = score[i] == kHiddenScore<A> ? A(0) : tangent[i];
@@ -152,6 +151,6 @@ struct TangentPass {
   const Params& p;
   const KeyBuffers<T> keys, key_tangents;
   const Scratch<E> q_lanes, weights;
-  const Scratch<A> scores, tangents, slopes, buffer, mask;
+  const Scratch<A> scores, tangents, slopes, buffer;
   TileRows<E> k, v, k_tangent, v_tangent;
 };

@@ -27,44 +27,49 @@ static inline void transpose_stage(typename VectorOf<E>::type* rows) {
   if constexpr (2 * kWidth < kCount) transpose_stage<E, 2 * kWidth>(rows);
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c], in whole vectors: rows behind the last are
-// taken for zeros, columns behind the last as they are.
+// Turns a matrix over in whole vectors: `load(row, column)` gives the elements from a column on, and
+// `store(column, row, vector)` takes those of a column from a row on. Rows behind the last are taken
+// for zeros and not loaded; columns behind the last are loaded, and not stored.
+template <typename E, typename Load, typename Store>
+static inline void transpose(int64_t rows, int64_t columns, const Load& load, const Store& store) {
+  using Vector = typename VectorOf<E>::type;
+  constexpr int64_t kCount = kLanes<E>;
+  for (int64_t row = 0; row < rows; row += kCount) {
+    const int64_t loaded = std::min(kCount, rows - row);
+    for (int64_t column = 0; column < columns; column += kCount) {
+      Vector block[kCount];
+      if (loaded == kCount) {
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kCount; ++r) block[r] = load(row + r, column);
+      } else {
+        for (int64_t r = 0; r < kCount; ++r) {
+          block[r] = r < loaded ? Vector(load(row + r, column)) : Vector{};
+        }
+      }
+      transpose_stage<E, 1>(block);
+      const int64_t stored = std::min(kCount, columns - column);
+      if (stored == kCount) {
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < kCount; ++c) store(column + c, row, block[c]);
+      } else {
+        for (int64_t c = 0; c < stored; ++c) store(column + c, row, block[c]);
+      }
+    }
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c].
 template <typename E>
 static void transpose(const E* from, int64_t from_stride, int64_t rows, int64_t columns, E* to,
                       int64_t to_stride) {
   using Vector = typename VectorOf<E>::type;
   using Unaligned = typename VectorOf<E>::unaligned_type;
-  constexpr int64_t kCount = kLanes<E>;
-  for (int64_t row = 0; row < rows; row += kCount) {
-    const int64_t count = std::min(kCount, rows - row);
-    for (int64_t column = 0; column < columns; column += kCount) {
-      const E* source = from + row * from_stride + column;
-      Vector block[kCount];
-      if (count == kCount) {
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < kCount; ++r) {
-          block[r] = *reinterpret_cast<const Unaligned*>(source + r * from_stride);
-        }
-      } else {
-        for (int64_t r = 0; r < kCount; ++r) {
-          block[r] = r < count
-                         ? Vector(*reinterpret_cast<const Unaligned*>(source + r * from_stride))
-                         : Vector{};
-        }
-      }
-      transpose_stage<E, 1>(block);
-      const int64_t written = std::min(kCount, columns - column);
-      E* target = to + column * to_stride + row;
-      if (written == kCount) {
-#pragma GCC unroll 16
-        for (int64_t c = 0; c < kCount; ++c) {
-          *reinterpret_cast<Unaligned*>(target + c * to_stride) = block[c];
-        }
-      } else {
-        for (int64_t c = 0; c < written; ++c) {
-          *reinterpret_cast<Unaligned*>(target + c * to_stride) = block[c];
-        }
-      }
-    }
-  }
+  transpose<E>(
+      rows, columns,
+      [&](int64_t r, int64_t c) -> Vector {
+        return *reinterpret_cast<const Unaligned*>(from + r * from_stride + c);
+      },
+      [&](int64_t c, int64_t r, const Vector& vector) {
+        *reinterpret_cast<Unaligned*>(to + c * to_stride + r) = vector;
+      });
 }

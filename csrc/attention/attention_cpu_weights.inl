@@ -107,12 +107,11 @@ struct WeightsTile {
   explicit WeightsTile(const AttentionProblem& p)
       : scores(kOtherRows * kOwnRows<A>),
         dots(kOtherRows * kOwnRows<A>),
-        slopes(p.softcap != 0 ? kOtherRows * kOwnRows<A> : 0),
-        mask(mask_buffer<A>(p)) {
+        slopes(p.softcap != 0 ? kOtherRows * kOwnRows<A> : 0) {
     std::fill_n(scores.data(), kOtherRows * kOwnRows<A>, A(0));
     std::fill_n(dots.data(), kOtherRows * kOwnRows<A>, A(0));
   }
-  const Scratch<A> scores, dots, slopes, mask;
+  const Scratch<A> scores, dots, slopes;
 };
 
 // Fills a tile from its owner's lanes and the others' rows: q and grad_out, or k and v.
@@ -124,6 +123,6 @@ static void tile_weights(const AttentionBackwardParams& p, const Band& band,
   A *scores = weights.scores.data(), *dots = weights.dots.data();
   pair_products(other, tile.other_rows, own, tile.own_rows, p.head_dim, scores);
   pair_products(other_v, tile.other_rows, own_v, tile.own_rows, p.head_dim_v, dots);
-  final_scores(p, band, tile, weights.mask.data(), scores, weights.slopes.data());
+  final_scores(p, band, tile, scores, weights.slopes.data());
   backward_weights(p, tile, scores, dots);
 }
