@@ -10,7 +10,8 @@ import torch
 from peak_memory import peak_memory, reset_peak_memory
 
 from fused.functional import scaled_dot_product_attention
-from fused.testing.attention import assert_case, draw_grads, run_fused
+from fused.testing import assert_as_accurate_as_stock
+from fused.testing.attention import assert_case, draw_grads, run_case, run_fused
 from fused.testing.cases.attention import AttentionCase
 
 CPU = torch.device("cpu")
@@ -94,6 +95,35 @@ def test_a_token_sees_nan_and_infinity_of_its_own_head() -> None:
     expected = torch.zeros_like(out, dtype=torch.bool)
     expected[0, 1] = expected[1, 2, :, 0] = True
     assert torch.equal(~out.isfinite(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+@pytest.mark.parametrize("rows", [3, 4, 24, 25])
+def test_as_many_queries_as_take_each_path(rows: int, dtype: torch.dtype) -> None:
+    case = AttentionCase(
+        "rows", 2, 4, 2, rows, 530, 40, 20, mask="bool [B, 1, S, T]", is_causal=True,
+        causal_alignment="bottom_right", softcap=2.0, alibi=True, sink=True, return_lse=True,
+    )  # fmt: skip
+    for name, results in run_case(case, dtype, CPU).items():
+        if not name.startswith("grad"):
+            assert_as_accurate_as_stock(*results, name)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_tiles_that_a_mask_hides_are_left_out(kind: str) -> None:
+    """Where they are not computed, what they hold reaches neither results nor gradients."""
+    case = AttentionCase("documents", rows=200, keys=200, mask="documents [S, T]")
+    tensors, options = case.make(torch.float32, CPU)
+    if kind == "additive":
+        options["attn_mask"] = torch.zeros(200, 200).masked_fill(~options["attn_mask"], -torch.inf)
+    grads_out = draw_grads(tensors)
+    clean = run_fused(tensors, options, grads_out)
+    for x in (*tensors, *grads_out):
+        x[:, :, 192:] = torch.nan
+    other = run_fused(tensors, options, grads_out)
+    for name in ("out", "grad of query", "grad of key", "grad of value"):
+        assert torch.equal(clean[name][:, :, :64], other[name][:, :, :64]), name
+        assert other[name][:, :, 192:].isnan().all(), name
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive"])

@@ -18,7 +18,7 @@ from fused.testing.cases.attention import LAST, AttentionCase
 from fused.testing.cases.attention_cache import CacheCase
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-# A chunk is 128 keys on CUDA and 256 on the CPU, and a block there has 4 rows of a group.
+# A chunk is 128 keys on CUDA and up to 256 on the CPU, and a block there has 4 rows of a group.
 CASES = [
     AttentionCase("one row", 1, 2, None, 1, 300, 8),
     AttentionCase("a group", 2, 6, 2, 1, 260, 40, head_dim_v=72),

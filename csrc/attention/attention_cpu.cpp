@@ -11,7 +11,12 @@
 #include "common/compensated_sum.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
+
+#if FUSED_X86
+#include <immintrin.h>
+#endif
 
 #define FUSED_BFLOAT16_PAIRS 0
 #define FUSED_CPU_KERNELS "attention/attention_cpu.inl"

@@ -46,8 +46,8 @@ static inline TaskPlace task_place(const AttentionProblem& p, bool owns_queries,
 #include "attention/attention_cpu_operand.inl"
 #include "attention/attention_cpu_tile.inl"
 #include "attention/attention_cpu_score.inl"
-#include "attention/attention_cpu_forward.inl"
 #include "attention/attention_cpu_decode.inl"
+#include "attention/attention_cpu_forward.inl"
 #include "attention/attention_cpu_weights.inl"
 #include "attention/attention_cpu_tangent.inl"
 #include "attention/attention_cpu_backward.inl"
@@ -58,8 +58,8 @@ template <typename T>
 static Status attention_forward_of(const AttentionForwardParams& p) {
   // Packed sequences may be of either kind.
   const bool packed = p.maybe_cu_seqlens_q != nullptr;
-  if (packed || p.seqlen_q <= kFewQueries) decode<T>(p);
-  if (!packed && p.seqlen_q <= kFewQueries) return nullptr;
+  if (packed || p.seqlen_q <= kQueriesOfDecode) decode<T>(p);
+  if (!packed && p.seqlen_q <= kQueriesOfDecode) return nullptr;
   run_query_tasks<ForwardPass<T>>(p);
   return nullptr;
 }

@@ -10,6 +10,7 @@
 #include "common/compensated_sum.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/scratch.h"
 
 #if FUSED_X86

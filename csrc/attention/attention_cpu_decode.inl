@@ -1,28 +1,67 @@
 // Attention forward on the CPU for sequences of a query or a few: bound by the reading of keys and
-// values, which come from memory once, in whole vectors along a row. Part of attention_cpu.inl.
+// values, which come from memory once for all rows that share them. Part of attention_cpu.inl.
 //
-// A task is a chunk of keys of a head, of a size of its own, whatever the number of threads: one
-// sequence fills the machine, and its result is the same in any batch. What the chunks give is then
+// A task is a chunk of keys of a key/value head, of a size of its own, whatever the number of
+// threads: one sequence fills the machine, and its result is the same in any batch. Keys own the
+// tiles, as in the backward pass: few queries would leave lanes empty. What the chunks give is then
 // put together in their order.
 
-constexpr int32_t kChunk = 256;
+// With more queries those that own a tile fill enough of its lanes (measured on Emerald Rapids).
+constexpr int32_t kQueriesOfDecode = 24;
+static inline bool is_decoded(const Sequence& sequence) {
+  return sequence.seqlen_q <= kQueriesOfDecode;
+}
 
-// A whole vector of a row, or `count` elements of one and zeros behind.
+constexpr int32_t kTilesOfChunk = 4;
+template <typename A>
+constexpr int32_t kChunk = kTilesOfChunk * kOwnRows<A>;
+
+// What chunks of keys give to the rows that share them, those of a group's query heads, head by
+// head: sums of exp(score - max) * v, of exp(score - max), and max.
+template <typename A>
+struct Partials {
+  Partials(const AttentionProblem& p, int64_t tasks)
+      : group(p.num_heads / p.num_heads_kv),
+        most_rows(group * std::min(p.seqlen_q, kQueriesOfDecode)),
+        columns(padded<A>(p.head_dim_v)),
+        values(tasks * most_rows * columns),
+        ends(tasks * most_rows * 2) {}
+
+  A* result(int64_t task, int32_t row) const {
+    return values.data() + (task * most_rows + row) * columns;
+  }
+  A& max(int64_t task, int32_t row) const { return ends.data()[(task * most_rows + row) * 2]; }
+  A& sum(int64_t task, int32_t row) const { return ends.data()[(task * most_rows + row) * 2 + 1]; }
+
+  const int32_t group, most_rows;
+  const int64_t columns;
+  const Scratch<A> values, ends;
+};
+
+// Rows that are fetched ahead.
+constexpr int32_t kAhead = 8;
+
+// A whole vector of a row, or `count` elements of one and zeros behind. The instructions that widen
+// 16 bits are named: g++ takes five in place of one.
 template <typename T, typename A = Accumulator<T>>
 static inline typename VectorOf<A>::type load_vector(const T* from) {
   using Vector = typename VectorOf<A>::type;
   if constexpr (std::is_same_v<T, A>) {
     return *reinterpret_cast<const typename VectorOf<A>::unaligned_type*>(from);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    typedef uint16_t Narrow
-        __attribute__((vector_size(FUSED_VECTOR_BYTES / 2), may_alias, aligned(1)));
-    typedef uint32_t Wide __attribute__((vector_size(FUSED_VECTOR_BYTES)));
-    return (Vector)(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from), Wide) << 16);
   } else {
-    alignas(64) A lanes[kLanes<A>];
-#pragma omp simd
-    for (int64_t i = 0; i < kLanes<A>; ++i) lanes[i] = load(from[i]);
-    return *reinterpret_cast<const Vector*>(lanes);
+#if FUSED_VECTOR_BYTES == 64
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    if constexpr (std::is_same_v<T, Half>) return (Vector)_mm512_cvtph_ps(bits);
+    return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+#elif FUSED_VECTOR_BYTES == 32
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    if constexpr (std::is_same_v<T, Half>) return (Vector)_mm256_cvtph_ps(bits);
+    return (Vector)_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16);
+#else
+    Vector vector;
+    for (int64_t i = 0; i < kLanes<A>; ++i) vector[i] = load(from[i]);
+    return vector;
+#endif
   }
 }
 template <typename T, typename A = Accumulator<T>>
@@ -33,15 +72,16 @@ static inline typename VectorOf<A>::type load_vector(const T* from, int64_t coun
   return lanes;
 }
 
-// dots[j] = q . k[j] for the rows key .. key + count - 1 of k; q is padded with zeros. Whole
-// vectors of dots are written.
+// dots[j] = q . k[j] for the first `count` rows of k; q is padded with zeros. Whole vectors of dots
+// are written.
 template <typename T, typename A = Accumulator<T>>
-static void dots_of_keys(const HeadMatrix<T>& k, int32_t key, int32_t count, const A* q, A* dots) {
+static void dots_of_keys(const HeadMatrix<T>& k, int32_t count, const A* q, A* dots) {
   using Vector = typename VectorOf<A>::type;
   constexpr int32_t kCount = static_cast<int32_t>(kLanes<A>);
   for (int32_t j = 0; j < count; j += kCount) {
     Vector sums[kCount] = {};
-    const T* first = k.row(key + j);
+    const T* first = k.row(j);
+    for (int32_t i = 0; i < kCount; ++i) prefetch(k.row(j + i + kAhead), k.columns * sizeof(T));
     const auto of_q = [&](int32_t d) { return *reinterpret_cast<const Vector*>(q + d); };
     int32_t d = 0;
     if (count - j >= kCount) {
@@ -65,16 +105,17 @@ static void dots_of_keys(const HeadMatrix<T>& k, int32_t key, int32_t count, con
   }
 }
 
-// kVectors vectors of result[d] = sum_j weights[j] * v[j][d], from column d on; of the last of them
-// the columns that v has.
+// kVectors vectors of result[d] += sum_j weights[j] * v[j][d], from column d on; of the last of
+// them the columns that v has.
 template <int32_t kVectors, typename T, typename A>
-static void weigh_columns(const HeadMatrix<T>& v, int32_t key, int32_t count, const A* weights,
-                          int32_t d, A* result) {
+static void weigh_columns(const HeadMatrix<T>& v, int32_t count, const A* weights, int32_t d,
+                          A* result) {
   using Vector = typename VectorOf<A>::type;
   const int64_t last = v.columns - d - (kVectors - 1) * kLanes<A>;
   Vector sums[kVectors] = {};
   for (int32_t j = 0; j < count; ++j) {
-    const T* row = v.row(key + j) + d;
+    const T* row = v.row(j) + d;
+    prefetch(row + kAhead * v.row_stride, kVectors * kLanes<A> * sizeof(T));
 #pragma GCC unroll 4
     for (int32_t i = 0; i < kVectors - 1; ++i) {
       sums[i] += weights[j] * load_vector(row + i * kLanes<A>);
@@ -83,94 +124,191 @@ static void weigh_columns(const HeadMatrix<T>& v, int32_t key, int32_t count, co
   }
 #pragma GCC unroll 4
   for (int32_t i = 0; i < kVectors; ++i) {
-    *reinterpret_cast<Vector*>(result + d + i * kLanes<A>) = sums[i];
+    *reinterpret_cast<Vector*>(result + d + i * kLanes<A>) += sums[i];
   }
 }
 
 template <typename T, typename A = Accumulator<T>>
-static void weigh_values(const HeadMatrix<T>& v, int32_t key, int32_t count, const A* weights,
-                         A* result) {
+static void weigh_values(const HeadMatrix<T>& v, int32_t count, const A* weights, A* result) {
   constexpr int32_t kVectors = 4, kStep = kVectors * static_cast<int32_t>(kLanes<A>);
   int32_t d = 0;
   for (; d + kStep - kLanes<A> < v.columns; d += kStep) {
-    weigh_columns<kVectors>(v, key, count, weights, d, result);
+    weigh_columns<kVectors>(v, count, weights, d, result);
   }
-  for (; d < v.columns; d += kLanes<A>) weigh_columns<1>(v, key, count, weights, d, result);
+  for (; d < v.columns; d += kLanes<A>) weigh_columns<1>(v, count, weights, d, result);
 }
 
-// What a chunk of keys gives to a row: [padded(Dv)] of exp(score - max) * v, then max and the sum.
+// A row's scores, kOwnRows in each of some tiles, become exp(score - max).
 template <typename A>
-static int64_t partial_size(const AttentionProblem& p) {
-  return padded<A>(p.head_dim_v) + kLanes<A>;
-}
-
-template <typename T, typename A = Accumulator<T>>
-static void decode_chunk(const AttentionForwardParams& p, const Sequence& sequence,
-                         const Band& band, int32_t head, int32_t row, const Range& keys, A* q,
-                         T* page_buffer, A* partial) {
+static void softmax_row(int32_t tiles, int64_t tile_size, A* scores, A& max, A& sum) {
   using Vector = typename VectorOf<A>::type;
-  A* const max_and_sum = partial + padded<A>(p.head_dim_v);
-  max_and_sum[0] = kHiddenScore<A>;
-  max_and_sum[1] = 0;
-  std::fill_n(partial, p.head_dim_v, A(0));
-  const int32_t count = keys.end - keys.begin;
-  if (count <= 0) return;
-  const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
-  const auto k = cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, keys.begin, count,
-                            page_buffer);
-  copy_row(query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim).row(row), p.head_dim,
-           padded<A>(p.head_dim), q);
-  alignas(64) A weights[kChunk];
-  dots_of_keys(k, 0, count, q, weights);
-  if (p.softcap == 0 && p.maybe_alibi_slopes == nullptr && p.mask.kind == MaskKind::kNone) {
-    for (int32_t j = 0; j < count; ++j) weights[j] *= static_cast<A>(p.scale);
-  } else {
-    for (int32_t j = 0; j < count; ++j) {
-      weights[j] = final_score(p, sequence, band, head, row, keys.begin + j, weights[j]).value;
+  const auto vector = [&](int32_t tile, int32_t i) -> Vector& {
+    return *reinterpret_cast<Vector*>(scores + tile * tile_size + i);
+  };
+  Vector maxima = Vector{} + kHiddenScore<A>, sums{};
+  for (int32_t tile = 0; tile < tiles; ++tile) {
+    for (int32_t i = 0; i < kOwnRows<A>; i += kLanes<A>) {
+      maxima = vector(tile, i) > maxima ? vector(tile, i) : maxima;
     }
   }
-  std::fill(weights + count, weights + padded<A>(count), kHiddenScore<A>);
-  A max = weights[0];
-#pragma omp simd reduction(max : max)
-  for (int32_t j = 0; j < count; ++j) max = weights[j] > max ? weights[j] : max;
+  max = kHiddenScore<A>;
+  for (int32_t i = 0; i < kLanes<A>; ++i) max = maxima[i] > max ? maxima[i] : max;
   const A shift = max == kHiddenScore<A> ? A(0) : max;
-  Vector sums{};
-  for (int32_t j = 0; j < count; j += kLanes<A>) {
-    Vector& of_keys = *reinterpret_cast<Vector*>(weights + j);
-    of_keys = softmax_exp(of_keys - shift);
-    sums += of_keys;
+  for (int32_t tile = 0; tile < tiles; ++tile) {
+    for (int32_t i = 0; i < kOwnRows<A>; i += kLanes<A>) {
+      vector(tile, i) = softmax_exp(vector(tile, i) - shift);
+      sums += vector(tile, i);
+    }
   }
-  A sum = 0;
+  sum = 0;
   for (int32_t i = 0; i < kLanes<A>; ++i) sum += sums[i];
-  max_and_sum[0] = max;
-  max_and_sum[1] = sum;
-  for (int32_t j = 0; p.maybe_rng != nullptr && j < count; ++j) {
-    weights[j] *= dropout_scale<A>(p, sequence, head, row, keys.begin + j);
-  }
-  const auto v = cache_rows(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v, keys.begin, count,
-                            page_buffer);
-  weigh_values(v, 0, count, weights, partial);
 }
 
-// Puts the chunks of a row together.
+// What a thread works on, and what it does with a chunk.
+template <typename T>
+struct DecodePass {
+  using A = Accumulator<T>;
+  using E = Operand<T>;
+  static constexpr int32_t kRows = kOwnRows<A>;
+
+  DecodePass(const AttentionForwardParams& params, const Partials<A>& to)
+      : p(params),
+        partials(to),
+        q_stride(padded<E>(num_elements<E>(p.head_dim))),
+        q(partials.most_rows * q_stride),
+        q_numbers(kRowsOfDots * padded<A>(p.head_dim)),
+        k_lanes(int64_t{num_elements<E>(p.head_dim)} * kRows),
+        buffer(tile_size<E>(std::max(p.head_dim, p.head_dim_v))),
+        elements(partials.most_rows * kRows),
+        scores(kTilesOfChunk * partials.most_rows * kRows),
+        pages(p.maybe_block_table != nullptr ? kRows * std::max(p.head_dim, p.head_dim_v) : 0) {
+    std::fill_n(scores.data(), kTilesOfChunk * partials.most_rows * kRows, A(0));
+  }
+
+  void run(const Sequence& sequence, int32_t head_kv, int32_t first_key, int64_t task) const {
+    const int32_t queries = sequence.seqlen_q, rows = partials.group * queries;
+    std::fill_n(partials.result(task, 0), rows * partials.columns, A(0));
+    const Band band = visible_band(p, sequence);
+    const Range seen = keys_seen_by(sequence, band, 0, queries - 1);
+    const Range keys{std::max(seen.begin, first_key), std::min(seen.end, first_key + kChunk<A>)};
+    load_queries(sequence, head_kv);
+
+    const int64_t tile_size = int64_t{rows} * kRows;
+    int32_t tiles = 0;
+    for (int32_t key = keys.begin; key < keys.end; key += kRows, ++tiles) {
+      A* tile = scores.data() + tiles * tile_size;
+      const int32_t count = std::min(kRows, keys.end - key);
+      const auto k =
+          cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, key, count, pages.data());
+      multiply(k, count, rows, tile);
+      for_heads(sequence, head_kv, key, count, tile,
+                [&](const TilePlace<false>& place, A* of_head) {
+                  final_scores<A>(p, band, place, of_head, nullptr);
+                });
+      for (int32_t r = 0; r < rows; ++r) {
+        std::fill(tile + r * kRows + count, tile + (r + 1) * kRows, kHiddenScore<A>);
+      }
+    }
+    for (int32_t r = 0; r < rows; ++r) {
+      softmax_row(tiles, tile_size, scores.data() + r * kRows, partials.max(task, r),
+                  partials.sum(task, r));
+    }
+    for (int32_t i = 0; i < tiles; ++i) {
+      A* tile = scores.data() + i * tile_size;
+      const int32_t key = keys.begin + i * kRows, count = std::min(kRows, keys.end - key);
+      for_heads(sequence, head_kv, key, count, tile,
+                [&](const TilePlace<false>& place, A* of_head) {
+                  multiply_by_dropout(p, place, of_head);
+                });
+      const auto v = cache_rows(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v, key, count,
+                                pages.data());
+      weigh(v, count, rows, tile, partials.result(task, 0));
+    }
+  }
+
+ private:
+  // So few rows are not worth turning the keys over, nor values that lie side by side.
+  static constexpr int32_t kRowsOfDots = 3;
+
+  void load_queries(const Sequence& sequence, int32_t head_kv) const {
+    int32_t r = 0;
+    for (int32_t member = 0; member < partials.group; ++member) {
+      const auto matrix = query_matrix<T>(p.q, p.q_strides, sequence,
+                                          head_kv * partials.group + member, p.head_dim);
+      for (int32_t row = 0; row < sequence.seqlen_q; ++row, ++r) {
+        copy_row(matrix.row(row), p.head_dim, q_stride, q.data() + r * q_stride);
+        if (r >= kRowsOfDots) continue;
+        const int64_t stride = padded<A>(p.head_dim);
+        copy_row(matrix.row(row), p.head_dim, stride, q_numbers.data() + r * stride);
+      }
+    }
+  }
+
+  // pairs[r][i] = q[r] . k[i].
+  void multiply(const HeadMatrix<T>& k, int32_t count, int32_t rows, A* pairs) const {
+    if (rows > kRowsOfDots) {
+      pack_lanes(over_columns(k, 0, count, buffer.data()), count, num_elements<E>(p.head_dim),
+                 k_lanes.data());
+      pair_products({q.data(), q_stride}, rows, k_lanes.data(), count, p.head_dim, pairs);
+      return;
+    }
+    for (int32_t r = 0; r < rows; ++r) {
+      dots_of_keys(k, count, q_numbers.data() + r * padded<A>(p.head_dim), pairs + r * kRows);
+    }
+  }
+
+  // result[r] += sum_i weights[r][i] * v[i].
+  void weigh(const HeadMatrix<T>& v, int32_t count, int32_t rows, const A* tile, A* result) const {
+    if (rows > kRowsOfDots) {
+      accumulate_rows(weights_over_lanes(tile, rows, elements.data()), rows,
+                      over_rows(v, 0, count, buffer.data()), count, p.head_dim_v, result);
+      return;
+    }
+    for (int32_t r = 0; r < rows; ++r) {
+      weigh_values(v, count, tile + r * kRows, result + r * partials.columns);
+    }
+  }
+
+  // f(place, scores) for each query head's part of a tile of keys.
+  template <typename F>
+  void for_heads(const Sequence& sequence, int32_t head_kv, int32_t key, int32_t count, A* tile,
+                 const F& f) const {
+    for (int32_t member = 0; member < partials.group; ++member) {
+      const TilePlace<false> place{
+          sequence, head_kv * partials.group + member, key, count, 0, sequence.seqlen_q};
+      f(place, tile + int64_t{member} * sequence.seqlen_q * kRows);
+    }
+  }
+
+  const AttentionForwardParams& p;
+  const Partials<A>& partials;
+  const int64_t q_stride;
+  const Scratch<E> q;
+  const Scratch<A> q_numbers;  // the first rows again, for dots
+  const Scratch<E> k_lanes, buffer, elements;
+  const Scratch<A> scores;
+  const Scratch<T> pages;
+};
+
+// Puts the chunks of a row together, those of the tasks from the first on.
 template <typename T, typename A = Accumulator<T>>
 static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
-                         int32_t row, const A* partials, int64_t stride, int32_t chunks,
-                         A* result) {
-  const int64_t columns = padded<A>(p.head_dim_v);
+                         int32_t row, const Partials<A>& partials, int64_t first_task,
+                         int32_t chunks, A* result) {
+  const int32_t row_of_group = head % partials.group * sequence.seqlen_q + row;
   A max = kHiddenScore<A>, sum = 0;
   for (int32_t c = 0; c < chunks; ++c) {
-    const A of_chunk = partials[c * stride + columns];
+    const A of_chunk = partials.max(first_task + c, row_of_group);
     max = of_chunk > max ? of_chunk : max;
   }
   const A shift = max == kHiddenScore<A> ? A(0) : max;
-  std::fill_n(result, columns, A(0));
+  std::fill_n(result, partials.columns, A(0));
   for (int32_t c = 0; c < chunks; ++c) {
-    const A* partial = partials + c * stride;
-    const A factor = std::exp(partial[columns] - shift);
-    sum += factor * partial[columns + 1];
+    const A* of_chunk = partials.result(first_task + c, row_of_group);
+    const A factor = std::exp(partials.max(first_task + c, row_of_group) - shift);
+    sum += factor * partials.sum(first_task + c, row_of_group);
 #pragma omp simd
-    for (int32_t d = 0; d < p.head_dim_v; ++d) result[d] += factor * partial[d];
+    for (int32_t d = 0; d < p.head_dim_v; ++d) result[d] += factor * of_chunk[d];
   }
   const RowEnd<A> row_end = end_row(p, head, max, sum);
   store_row_end(p, row_of_all(p, sequence, head, row), row_end);
@@ -182,45 +320,32 @@ static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequen
 template <typename T>
 static void decode(const AttentionForwardParams& p) {
   using A = Accumulator<T>;
-  const int64_t heads = int64_t{p.batch} * p.num_heads;
-  const int64_t chunks = num_tile_slots(p, false, kChunk);
-  const int64_t size = partial_size<A>(p), chunk_size = kFewQueries * size;
-  const Scratch<A> partials(heads * chunks * chunk_size);
-  const int64_t page_buffer_size =
-      p.maybe_block_table != nullptr ? int64_t{kChunk} * std::max(p.head_dim, p.head_dim_v) : 0;
-  parallel_for(0, heads * chunks, 1, [&](int64_t begin, int64_t end) {
-    alignas(64) A q[kMaxHeadDim];
-    const Scratch<T> page_buffer(page_buffer_size);
+  const int64_t chunks = num_tile_slots(p, false, kChunk<A>);
+  const int64_t tasks = int64_t{p.batch} * p.num_heads_kv * chunks;
+  const Partials<A> partials(p, tasks);
+  parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const DecodePass<T> pass(p, partials);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t head_of_all = task / chunks;
-      const int32_t head = static_cast<int32_t>(head_of_all % p.num_heads);
-      const auto [sequence, key] =
-          own_tile(p, false, static_cast<int32_t>(head_of_all / p.num_heads),
-                   static_cast<int32_t>(task % chunks), kChunk);
-      if (!has_few_queries(sequence) || key >= sequence.seqlen_k) continue;
-      const Band band = visible_band(p, sequence);
-      for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
-        const Range seen = keys_seen_by(sequence, band, row, row);
-        const Range keys{std::max(seen.begin, key), std::min(seen.end, key + kChunk)};
-        decode_chunk<T>(p, sequence, band, head, row, keys, q, page_buffer.data(),
-                        partials.data() + task * chunk_size + row * size);
-      }
+      const auto [sequence, head_kv, key] = task_place(p, false, kChunk<A>, task);
+      if (is_decoded(sequence) && key < sequence.seqlen_k) pass.run(sequence, head_kv, key, task);
     }
   });
   const int64_t sequences = p.num_sequences + (p.maybe_cu_seqlens_q != nullptr);
   // A thread is worth waking for some ten thousand elements.
-  const int64_t grain = 1 + 16384 * sequences / ((chunks + 1) * p.batch * size);
+  const int64_t elements = tasks / p.num_heads_kv * partials.most_rows * partials.columns;
+  const int64_t grain = 1 + 16384 * sequences / (elements + 1);
   parallel_for(0, sequences * p.num_heads, grain, [&](int64_t begin, int64_t end) {
     alignas(64) A result[kMaxHeadDim];
     for (int64_t task = begin; task < end; ++task) {
       const int32_t head = static_cast<int32_t>(task % p.num_heads);
       const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads));
-      if (!has_few_queries(sequence)) continue;
-      const int64_t first = (int64_t{sequence.batch} * p.num_heads + head) * chunks +
-                            first_key_slot(p, sequence, kChunk);
+      if (!is_decoded(sequence)) continue;
+      const int64_t first_task =
+          (int64_t{sequence.batch} * p.num_heads_kv + head / partials.group) * chunks +
+          first_key_slot(p, sequence, kChunk<A>);
+      const int32_t chunks_of_sequence = (sequence.seqlen_k + kChunk<A> - 1) / kChunk<A>;
       for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
-        merge_chunks<T>(p, sequence, head, row, partials.data() + first * chunk_size + row * size,
-                        chunk_size, (sequence.seqlen_k + kChunk - 1) / kChunk, result);
+        merge_chunks<T>(p, sequence, head, row, partials, first_task, chunks_of_sequence, result);
       }
     }
   });

@@ -19,12 +19,11 @@ struct QueryTile {
 };
 
 // The online softmax: scores become exp(score - max), and what there is of the result is rescaled
-// to the new maximum.
-template <typename A>
-static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max, A* sum,
-                         A* result) {
+// to the new maximum. For the first kVectors vectors of lanes.
+template <int32_t kVectors, typename A>
+static void softmax_vectors(int32_t other_rows, int32_t columns, A* scores, A* max, A* sum,
+                            A* result) {
   using Vector = typename VectorOf<A>::type;
-  constexpr int32_t kVectors = kOwnRows<A> / kLanes<A>;
   Vector* const maxima = reinterpret_cast<Vector*>(max);
   Vector* const sums = reinterpret_cast<Vector*>(sum);
   Vector new_max[kVectors], new_sum[kVectors], shift[kVectors], factor[kVectors];
@@ -61,6 +60,22 @@ static void softmax_step(int32_t other_rows, int32_t columns, A* scores, A* max,
   for (int32_t d = 0; d < columns; ++d) {
     Vector* of_column = reinterpret_cast<Vector*>(result + d * kOwnRows<A>);
     for (int32_t v = 0; v < kVectors; ++v) of_column[v] *= factor[v];
+  }
+}
+
+// For as many vectors as have rows.
+template <typename A>
+static void softmax_step(int32_t own_rows, int32_t other_rows, int32_t columns, A* scores, A* max,
+                         A* sum, A* result) {
+  const auto vectors = [&](auto count) {
+    softmax_vectors<decltype(count)::value>(other_rows, columns, scores, max, sum, result);
+  };
+  if (own_rows <= kLanes<A>) {
+    vectors(std::integral_constant<int32_t, 1>{});
+  } else if (own_rows <= 2 * kLanes<A>) {
+    vectors(std::integral_constant<int32_t, 2>{});
+  } else {
+    vectors(std::integral_constant<int32_t, kOwnRows<A> / kLanes<A>>{});
   }
 }
 
@@ -136,7 +151,7 @@ struct ForwardPass {
     return int64_t{num_elements<E>(p.head_dim)} * kOwnRows<A>;
   }
   static int64_t result_columns(const Params& p) { return p.head_dim_v; }
-  static bool leaves_out(const Sequence& sequence) { return has_few_queries(sequence); }
+  static bool leaves_out(const Sequence& sequence) { return is_decoded(sequence); }
 
   void begin(const Sequence& sequence, int32_t head, int32_t index, QueryTile<T>& tile) {
     tile.q = q_lanes.data() + index * q_size(p);
@@ -150,7 +165,7 @@ struct ForwardPass {
     const int32_t rows = place.other_rows;
     pair_products(k, rows, tile.q, tile.rows, p.head_dim, scores.data());
     final_scores<A>(p, band, place, scores.data(), nullptr);
-    softmax_step(rows, p.head_dim_v, scores.data(), tile.max, tile.sum, tile.result);
+    softmax_step(tile.rows, rows, p.head_dim_v, scores.data(), tile.max, tile.sum, tile.result);
     multiply_by_dropout(p, place, scores.data());
     accumulate(v, rows, weights_over_rows(scores.data(), rows, weights.data()), tile.rows,
                p.head_dim_v, tile.result);

@@ -31,8 +31,8 @@ static void alibi_lanes(const TilePlace<kOwnsQueries>& tile, int32_t j, A slope,
   }
 }
 
-// What a mask's element adds to a score: a boolean one only says -inf for hidden, and is read as the
-// byte that it is.
+// What a mask's element adds to a score: a boolean one only says -inf for hidden, and is read as
+// the byte that it is.
 template <typename A, typename M>
 static inline A mask_value(M element) {
   if constexpr (std::is_same_v<M, uint8_t>) {
@@ -123,8 +123,8 @@ static inline void load_mask(const M* from, int64_t stride, int32_t count, A* to
   }
 }
 
-// f(other, lane, vector) for all of a tile's part of a mask, in whole vectors along whichever of its
-// dimensions is contiguous. Lanes behind the last get something finite.
+// f(other, lane, vector) for all of a tile's part of a mask, in whole vectors along whichever of
+// its dimensions is contiguous. Lanes behind the last get something finite.
 template <typename A, typename M, typename F>
 static inline void for_mask_vectors(const MaskTile<M>& tile, const F& f) {
   using Vector = typename VectorOf<A>::type;

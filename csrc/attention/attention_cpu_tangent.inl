@@ -117,7 +117,7 @@ struct TangentPass {
     const int32_t rows = place.other_rows;
     A *weight = scores.data(), *tangent = tangents.data();
     make_scores(band, place, tile);
-    softmax_step(rows, rescaled_columns(p), weight, tile.max, tile.sum, tile.result);
+    softmax_step(tile.rows, rows, rescaled_columns(p), weight, tile.max, tile.sum, tile.result);
     move_mean(rows, weight, tile, tangent);
     multiply_by_dropout(p, place, weight);
     const E* kept = weights_over_rows(weight, rows, weights.data());

@@ -27,9 +27,9 @@ static inline void transpose_stage(typename VectorOf<E>::type* rows) {
   if constexpr (2 * kWidth < kCount) transpose_stage<E, 2 * kWidth>(rows);
 }
 
-// Turns a matrix over in whole vectors: `load(row, column)` gives the elements from a column on, and
-// `store(column, row, vector)` takes those of a column from a row on. Rows behind the last are taken
-// for zeros and not loaded; columns behind the last are loaded, and not stored.
+// Turns a matrix over in whole vectors: `load(row, column)` gives the elements from a column on,
+// and `store(column, row, vector)` takes those of a column from a row on. Rows behind the last are
+// taken for zeros and not loaded; columns behind the last are loaded, and not stored.
 template <typename E, typename Load, typename Store>
 static inline void transpose(int64_t rows, int64_t columns, const Load& load, const Store& store) {
   using Vector = typename VectorOf<E>::type;

@@ -104,6 +104,9 @@ class AttentionCase:
             mask = noise > -0.3
             mask[..., ::2, :] = False
             return mask
+        if kind == "documents":  # three side by side, each of which sees itself alone
+            row, key = (3 * torch.arange(n, device=device) // n for n in shape[-2:])
+            return (row[:, None] == key).expand(shape)
         if kind == "float32":
             return noise
         if kind in ("-1e9", "lowest"):  # the first keys, more than a tile of them, by a number
@@ -149,6 +152,8 @@ CASES = [
     AttentionCase("bool [1, 1, S, 1]", mask="bool [1, 1, S, 1]"),
     AttentionCase("blind [B, 1, S, T]", mask="blind [B, 1, S, T]"),
     AttentionCase("blind [S, T] beyond tiles", mask="blind [S, T]", rows=67, keys=67),
+    AttentionCase("documents [S, T]", mask="documents [S, T]", batch=1, rows=200, keys=200),
+    AttentionCase("documents [1, T]", mask="documents [1, T]", batch=1, rows=70, keys=300),
     AttentionCase("additive [S, T]", mask="additive [S, T]"),
     AttentionCase("additive [B, H, S, T]", mask="additive [B, H, S, T]", heads=4, heads_kv=2),
     AttentionCase("additive [T]", mask="additive [T]"),
