@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fused
 from fused.bench.case import Case, Runnable, Workbench, direction, forward_backward, forward_only
 
-Mask = Literal["full", "causal", "boolean", "additive", "window"]
+Mask = Literal["full", "causal", "boolean", "documents", "additive", "window"]
 
 F32, BF16 = torch.float32, torch.bfloat16
 
 _WINDOW = 128  # keys that a row sees: its own and those before it
+_DOCUMENTS = 4  # side by side in a sequence, each of which sees itself alone
 
 
 def attention_cases() -> Iterator[Case]:
@@ -29,6 +30,7 @@ def attention_cases() -> Iterator[Case]:
     yield _attention(2, 1024, mask="causal")
     for backward in (False, True):
         yield _attention(4, 512, mask="boolean", backward=backward)
+        yield _attention(1, 1024, mask="documents", backward=backward)
         yield _attention(1, 1024, mask="additive", backward=backward)
         yield _attention(1, 4096, mask="window", heads=4, heads_kv=4, backward=backward)
         yield _attention(8, 197, mask="full", heads=4, heads_kv=4, head_dim=96, backward=backward)
@@ -38,6 +40,7 @@ def attention_cases() -> Iterator[Case]:
         )
     for dtype in (F32, BF16):
         yield _attention(1, 1, dtype=dtype, mask="full", keys=2048, quick=dtype is F32)
+        yield _attention(1, 8, dtype=dtype, mask="full", keys=2048)
         yield _forward_mode(1, 1024, dtype=dtype, quick=dtype is F32)
     yield _module(8, 256, 512, backward=True)
     for interleaved, backward in itertools.product((False, True), (False, True)):
@@ -84,7 +87,11 @@ def _attention(
     lengths = f"{length}x" if keys is None else f"{length}/{keys}x"
     shape = f"{batch}x{heads}{'' if heads == heads_kv else f'/{heads_kv}'}x{lengths}{head_dim}"
     # Two products forward, five more backward, for each score that is not hidden by its place.
-    scores = {"causal": length**2 / 2, "window": length * _WINDOW}.get(mask, length * seqlen_k)
+    scores = {
+        "causal": length**2 / 2,
+        "window": length * _WINDOW,
+        "documents": length**2 / _DOCUMENTS,
+    }.get(mask, length * seqlen_k)
     work = (7 if backward else 2) * 2 * batch * heads * scores * head_dim
     name = f"attention {shape} {mask} {direction(backward)}"
     return Case("attention", name, dtype, build, work, "GFLOP/s", quick)
@@ -124,6 +131,9 @@ def _mask_options(bench: Workbench, mask: Mask, batch: int, length: int) -> dict
     """What says ``mask`` to the contender; stock has no window and takes a boolean mask for it."""
     if mask == "boolean":
         return {"attn_mask": _padding_mask(batch, length, bench.device)}
+    if mask == "documents":
+        document = torch.arange(length, device=bench.device) * _DOCUMENTS // length
+        return {"attn_mask": document[:, None] == document}
     if mask == "additive":
         return {"attn_mask": bench.tensor(length, length)}
     if mask == "window":
