@@ -54,11 +54,12 @@ static KeyTile<T> load_keys(const AttentionBackwardParams& p, const BackwardHead
   const int32_t rows = std::min(kOwnRows<Accumulator<T>>, h.sequence.seqlen_k - row);
   const auto k = key_matrix<T>(p.k, p.k_strides, h.sequence, h.head_kv, p.head_dim);
   const auto v = key_matrix<T>(p.v, p.v_strides, h.sequence, h.head_kv, p.head_dim_v);
-  pack_lanes(over_columns(k, row, rows, scratch.q_columns.data()), rows,
-             num_elements<E>(p.head_dim), scratch.k_lanes.data());
+  const TileForms<E> k_tile =
+      over_both(k, row, rows, scratch.q_columns.data(), scratch.k_rows.data());
+  pack_lanes(k_tile.over_columns, rows, num_elements<E>(p.head_dim), scratch.k_lanes.data());
   pack_lanes(over_columns(v, row, rows, scratch.grad_out_columns.data()), rows,
              num_elements<E>(p.head_dim_v), scratch.v_lanes.data());
-  return {row, rows, over_rows(k, row, rows, scratch.k_rows.data())};
+  return {row, rows, k_tile.over_rows};
 }
 
 // Takes the queries row .. end of a head, at most kOtherRows, into a tile of keys: adds to its
@@ -67,22 +68,26 @@ template <typename T>
 static void backward_step(const AttentionBackwardParams& p, const BackwardHead& h,
                           const KeyTile<T>& keys, int32_t row, int32_t end,
                           const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
+  using E = Operand<T>;
   const int32_t rows = end - row;
   const auto q = query_matrix<T>(p.q, p.q_strides, h.sequence, h.head, p.head_dim);
   const auto grad_out =
       query_matrix<T>(p.grad_out, p.grad_out_strides, h.sequence, h.head, p.head_dim_v);
   const TilePlace<false> tile{h.sequence, h.head, keys.row, keys.rows, row, rows};
   if (mask_hides<Accumulator<T>>(p.mask, tile)) return;
-  tile_weights(p, h.band, tile, over_columns(q, row, rows, scratch.q_columns.data()),
-               over_columns(grad_out, row, rows, scratch.grad_out_columns.data()),
+  const TileForms<E> q_tile =
+      over_both(q, row, rows, scratch.q_columns.data(), scratch.q_rows.data());
+  const TileForms<E> grad_out_tile =
+      over_both(grad_out, row, rows, scratch.grad_out_columns.data(), scratch.grad_out_rows.data());
+  tile_weights(p, h.band, tile, q_tile.over_columns, grad_out_tile.over_columns,
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
   Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
   if (p.softcap != 0) multiply_by_slopes(rows, scratch.weights.slopes.data(), dots);
   if (h.wants_kv) {
-    accumulate(over_rows(grad_out, row, rows, scratch.grad_out_rows.data()), rows,
+    accumulate(grad_out_tile.over_rows, rows,
                weights_over_rows(scores, rows, scratch.elements.data()), keys.rows, p.head_dim_v,
                scratch.grad_v.data());
-    accumulate(over_rows(q, row, rows, scratch.q_rows.data()), rows,
+    accumulate(q_tile.over_rows, rows,
                weights_over_rows(dots, rows, scratch.elements.data()), keys.rows, p.head_dim,
                scratch.grad_k.data());
   }

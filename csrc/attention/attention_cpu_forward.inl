@@ -92,7 +92,7 @@ struct KeyBuffers {
 
   TileRows<E> load_k(const AttentionProblem& p, const Sequence& sequence, int32_t head_kv,
                      int32_t key, int32_t rows) const {
-    return over_columns(
+    return over_columns_often(
         cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, key, rows, k_pages.data()),
         0, rows, k.data());
   }

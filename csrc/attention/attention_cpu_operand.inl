@@ -122,6 +122,33 @@ static inline TileRows<Pair> over_rows(const HeadMatrix<BFloat16>& matrix, int32
 }
 #endif
 
+// Rows for many products that sum over their columns: side by side too.
+template <typename T, typename E>
+static TileRows<E> over_columns_often(const HeadMatrix<T>& matrix, int32_t row, int32_t rows,
+                                      E* buffer) {
+  if constexpr (kSteps<E> == 1) {
+    return over_rows(matrix, row, rows, buffer);
+  } else {
+    return over_columns(matrix, row, rows, buffer);
+  }
+}
+
+// Rows for products of either kind: numbers have one form for both, pairs one for each.
+template <typename E>
+struct TileForms {
+  TileRows<E> over_columns, over_rows;
+};
+template <typename T, typename E>
+static TileForms<E> over_both(const HeadMatrix<T>& matrix, int32_t row, int32_t rows,
+                              E* columns_buffer, E* rows_buffer) {
+  const TileRows<E> form = over_rows(matrix, row, rows, rows_buffer);
+  if constexpr (kSteps<E> == 1) {
+    return {form, form};
+  } else {
+    return {over_columns(matrix, row, rows, columns_buffer), form};
+  }
+}
+
 // The lanes of a product: packed[d * kOwnRows + i] = rows[i][d]. Whole vectors of rows and columns
 // are written, those behind the last row as zeros.
 template <typename E>

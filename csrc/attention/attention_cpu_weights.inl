@@ -74,7 +74,7 @@ static void backward_weights(const AttentionBackwardParams& p, const TilePlace<k
         keep[i] = dropout_scale<A>(p, tile.sequence, tile.head, tile.row(i, j), tile.column(i, j));
       }
     }
-    for (int32_t i = 0; i < kRows; i += kLanes<A>) {
+    for (int32_t i = 0; i < tile.own_rows; i += kLanes<A>) {
       const A* maybe_keep = p.maybe_rng != nullptr ? keep + i : nullptr;
       if constexpr (kOwnsQueries) {
         const auto vector = [&](const A* at) { return *reinterpret_cast<const Vector*>(at + i); };
