@@ -9,10 +9,17 @@ import pytest
 import torch
 from peak_memory import peak_memory, reset_peak_memory
 
-from fused.functional import scaled_dot_product_attention
+from fused.functional import scaled_dot_product_attention, varlen_attention
 from fused.testing import assert_as_accurate_as_stock
-from fused.testing.attention import assert_case, draw_grads, run_case, run_fused
+from fused.testing.attention import (
+    assert_case,
+    draw_grads,
+    run_cache_case,
+    run_case,
+    run_fused,
+)
 from fused.testing.cases.attention import AttentionCase
+from fused.testing.cases.attention_cache import CacheCase
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -29,6 +36,13 @@ FEW_ROWS = AttentionCase(
     mask="bool [B, 1, 1, T]", window=(500, 7), softcap=3.0, alibi=True, sink=True, return_lse=True,
 )  # fmt: skip
 
+PACKED_FEW_ROWS = AttentionCase(
+    "packed few rows", heads=3, heads_kv=1, is_causal=True, causal_alignment="bottom_right",
+    lengths=((5, 7), (24, 300), (25, 40), (1, 270), (13, 0)),
+)  # fmt: skip
+FEW_ROWS_OVER_PAGES = CacheCase(
+    "few rows over pages", (3, 0, 290), 320, 9, 9, heads=6, heads_kv=2, page_size=16, mask="bool"
+)
 PACKED_TOKENS = AttentionCase(
     "packed tokens", heads=4, heads_kv=2, lengths=((1, 700), (4, 300), (0, 5), (70, 90), (3, 0)),
     rest=2, is_causal=True, causal_alignment="bottom_right", return_lse=True,
@@ -76,9 +90,15 @@ def test_a_new_token_over_chunks_of_keys(keys: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
-@pytest.mark.parametrize("case", [FEW_ROWS, PACKED_TOKENS], ids=by_name)
+@pytest.mark.parametrize("case", [FEW_ROWS, PACKED_TOKENS, PACKED_FEW_ROWS], ids=by_name)
 def test_a_few_tokens(case: AttentionCase, dtype: torch.dtype) -> None:
     assert_case(case, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+def test_a_few_tokens_over_pages(dtype: torch.dtype) -> None:
+    for name, results in run_cache_case(FEW_ROWS_OVER_PAGES, dtype, CPU).items():
+        assert_as_accurate_as_stock(*results, name)
 
 
 def test_a_token_does_not_depend_on_its_batch() -> None:
@@ -162,3 +182,15 @@ def test_memory_grows_with_the_length_alone() -> None:
     attend(64)  # what the first call of all allocates stays
     per_row = 4 * (4 + 16)  # four numbers, and a row of grad_q with whole vectors
     assert attend(length) < per_row * length + (8 << 20)
+
+
+def test_many_packed_tokens_take_no_memory_of_their_own() -> None:
+    sequences, heads, head_dim = 20_000, 2, 32
+    ends = torch.arange(sequences + 1, dtype=torch.int32)
+    q, k, v = (torch.randn(sequences, heads, head_dim) for _ in range(3))
+    varlen_attention(q[:1], k[:1], v[:1], ends[:2], ends[:2])
+    before = reset_peak_memory()
+    out = varlen_attention(q, k, v, ends, ends)
+    per_row = 4 * 4  # four numbers
+    assert peak_memory() - before - out.nbytes < per_row * sequences * heads + (4 << 20)
+    torch.testing.assert_close(out, v)  # each sees itself alone

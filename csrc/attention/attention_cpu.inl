@@ -8,8 +8,8 @@
 //   result[j][d] += sum_i weights[j][i] * own[i][d]
 //
 // so that the softmax, whose rows are lanes, needs no reduction across a register. Queries own the
-// forward pass, keys the backward pass. Every sum has one order: results do not depend on the
-// number of threads, nor a row's on the rows beside it.
+// forward pass; keys own it where there are few queries, and the backward pass. Every sum has one
+// order: results do not depend on the number of threads, nor a row's on the rows beside it.
 
 // A tile's own rows, as lanes: what one stripe of block_gemm takes at a time, or two.
 template <typename E>

@@ -75,10 +75,13 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
       query_matrix<T>(p.grad_out, p.grad_out_strides, h.sequence, h.head, p.head_dim_v);
   const TilePlace<false> tile{h.sequence, h.head, keys.row, keys.rows, row, rows};
   if (mask_hides<Accumulator<T>>(p.mask, tile)) return;
-  const TileForms<E> q_tile =
-      over_both(q, row, rows, scratch.q_columns.data(), scratch.q_rows.data());
+  const auto forms = [&](const HeadMatrix<T>& matrix, E* columns_buffer, E* rows_buffer) {
+    return h.wants_kv ? over_both(matrix, row, rows, columns_buffer, rows_buffer)
+                      : TileForms<E>{over_columns(matrix, row, rows, columns_buffer), {}};
+  };
+  const TileForms<E> q_tile = forms(q, scratch.q_columns.data(), scratch.q_rows.data());
   const TileForms<E> grad_out_tile =
-      over_both(grad_out, row, rows, scratch.grad_out_columns.data(), scratch.grad_out_rows.data());
+      forms(grad_out, scratch.grad_out_columns.data(), scratch.grad_out_rows.data());
   tile_weights(p, h.band, tile, q_tile.over_columns, grad_out_tile.over_columns,
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
   Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
@@ -87,9 +90,8 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
     accumulate(grad_out_tile.over_rows, rows,
                weights_over_rows(scores, rows, scratch.elements.data()), keys.rows, p.head_dim_v,
                scratch.grad_v.data());
-    accumulate(q_tile.over_rows, rows,
-               weights_over_rows(dots, rows, scratch.elements.data()), keys.rows, p.head_dim,
-               scratch.grad_k.data());
+    accumulate(q_tile.over_rows, rows, weights_over_rows(dots, rows, scratch.elements.data()),
+               keys.rows, p.head_dim, scratch.grad_k.data());
   }
   if (maybe_grad_q != nullptr) {
     accumulate_rows(weights_over_lanes(dots, rows, scratch.elements.data()), rows, keys.k_rows,

@@ -6,7 +6,7 @@
 // tiles, as in the backward pass: few queries would leave lanes empty. What the chunks give is then
 // put together in their order.
 
-// With more queries those that own a tile fill enough of its lanes (measured on Emerald Rapids).
+// With more of them, tiles that queries own have enough full lanes (measured on Emerald Rapids).
 constexpr int32_t kQueriesOfDecode = 24;
 static inline bool is_decoded(const Sequence& sequence) {
   return sequence.seqlen_q <= kQueriesOfDecode;
@@ -15,14 +15,18 @@ static inline bool is_decoded(const Sequence& sequence) {
 constexpr int32_t kTilesOfChunk = 4;
 template <typename A>
 constexpr int32_t kChunk = kTilesOfChunk * kOwnRows<A>;
+template <typename A>
+static int32_t num_chunks(const Sequence& sequence) {
+  return (sequence.seqlen_k + kChunk<A> - 1) / kChunk<A>;
+}
 
 // What chunks of keys give to the rows that share them, those of a group's query heads, head by
 // head: sums of exp(score - max) * v, of exp(score - max), and max.
 template <typename A>
 struct Partials {
-  Partials(const AttentionProblem& p, int64_t tasks)
+  Partials(const AttentionProblem& p, int32_t most_queries, int64_t tasks)
       : group(p.num_heads / p.num_heads_kv),
-        most_rows(group * std::min(p.seqlen_q, kQueriesOfDecode)),
+        most_rows(group * most_queries),
         columns(padded<A>(p.head_dim_v)),
         values(tasks * most_rows * columns),
         ends(tasks * most_rows * 2) {}
@@ -37,9 +41,6 @@ struct Partials {
   const int64_t columns;
   const Scratch<A> values, ends;
 };
-
-// Rows that are fetched ahead.
-constexpr int32_t kAhead = 8;
 
 // A whole vector of a row, or `count` elements of one and zeros behind. The instructions that widen
 // 16 bits are named: g++ takes five in place of one.
@@ -81,7 +82,7 @@ static void dots_of_keys(const HeadMatrix<T>& k, int32_t count, const A* q, A* d
   for (int32_t j = 0; j < count; j += kCount) {
     Vector sums[kCount] = {};
     const T* first = k.row(j);
-    for (int32_t i = 0; i < kCount; ++i) prefetch(k.row(j + i + kAhead), k.columns * sizeof(T));
+    for (int32_t i = 0; i < kCount; ++i) prefetch(k.row(j + kCount + i), k.columns * sizeof(T));
     const auto of_q = [&](int32_t d) { return *reinterpret_cast<const Vector*>(q + d); };
     int32_t d = 0;
     if (count - j >= kCount) {
@@ -111,6 +112,7 @@ template <int32_t kVectors, typename T, typename A>
 static void weigh_columns(const HeadMatrix<T>& v, int32_t count, const A* weights, int32_t d,
                           A* result) {
   using Vector = typename VectorOf<A>::type;
+  constexpr int32_t kAhead = 8;  // rows that are fetched ahead
   const int64_t last = v.columns - d - (kVectors - 1) * kLanes<A>;
   Vector sums[kVectors] = {};
   for (int32_t j = 0; j < count; ++j) {
@@ -171,33 +173,37 @@ struct DecodePass {
   using E = Operand<T>;
   static constexpr int32_t kRows = kOwnRows<A>;
 
-  DecodePass(const AttentionForwardParams& params, const Partials<A>& to)
+  DecodePass(const AttentionForwardParams& params, int32_t most_rows)
       : p(params),
-        partials(to),
+        group(p.num_heads / p.num_heads_kv),
         q_stride(padded<E>(num_elements<E>(p.head_dim))),
-        q(partials.most_rows * q_stride),
+        q(most_rows * q_stride),
         q_numbers(kRowsOfDots * padded<A>(p.head_dim)),
         k_lanes(int64_t{num_elements<E>(p.head_dim)} * kRows),
         buffer(tile_size<E>(std::max(p.head_dim, p.head_dim_v))),
-        elements(partials.most_rows * kRows),
-        scores(kTilesOfChunk * partials.most_rows * kRows),
+        elements(most_rows * kRows),
+        scores(kTilesOfChunk * most_rows * kRows),
         pages(p.maybe_block_table != nullptr ? kRows * std::max(p.head_dim, p.head_dim_v) : 0) {
-    std::fill_n(scores.data(), kTilesOfChunk * partials.most_rows * kRows, A(0));
+    std::fill_n(scores.data(), kTilesOfChunk * most_rows * kRows, A(0));
   }
 
-  void run(const Sequence& sequence, int32_t head_kv, int32_t first_key, int64_t task) const {
-    const int32_t queries = sequence.seqlen_q, rows = partials.group * queries;
+  // Takes the chunk that begins with `first_key` into the partials of `task`.
+  void run(const Sequence& sequence, int32_t head_kv, int32_t first_key,
+           const Partials<A>& partials, int64_t task) const {
+    const int32_t queries = sequence.seqlen_q, rows = group * queries;
     std::fill_n(partials.result(task, 0), rows * partials.columns, A(0));
     const Band band = visible_band(p, sequence);
     const Range seen = keys_seen_by(sequence, band, 0, queries - 1);
     const Range keys{std::max(seen.begin, first_key), std::min(seen.end, first_key + kChunk<A>)};
-    load_queries(sequence, head_kv);
+    load_queries(sequence, head_kv, rows);
 
     const int64_t tile_size = int64_t{rows} * kRows;
-    int32_t tiles = 0;
-    for (int32_t key = keys.begin; key < keys.end; key += kRows, ++tiles) {
-      A* tile = scores.data() + tiles * tile_size;
+    int32_t tiles = 0, key_of_tile[kTilesOfChunk];
+    for (int32_t key = keys.begin; key < keys.end; key += kRows) {
       const int32_t count = std::min(kRows, keys.end - key);
+      if (is_hidden(sequence, head_kv, key, count)) continue;
+      A* tile = scores.data() + tiles * tile_size;
+      key_of_tile[tiles++] = key;
       const auto k =
           cache_rows(p, p.k, p.k_strides, sequence, head_kv, p.head_dim, key, count, pages.data());
       multiply(k, count, rows, tile);
@@ -215,14 +221,14 @@ struct DecodePass {
     }
     for (int32_t i = 0; i < tiles; ++i) {
       A* tile = scores.data() + i * tile_size;
-      const int32_t key = keys.begin + i * kRows, count = std::min(kRows, keys.end - key);
+      const int32_t key = key_of_tile[i], count = std::min(kRows, keys.end - key);
       for_heads(sequence, head_kv, key, count, tile,
                 [&](const TilePlace<false>& place, A* of_head) {
                   multiply_by_dropout(p, place, of_head);
                 });
       const auto v = cache_rows(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v, key, count,
                                 pages.data());
-      weigh(v, count, rows, tile, partials.result(task, 0));
+      weigh(v, count, rows, tile, partials.columns, partials.result(task, 0));
     }
   }
 
@@ -230,18 +236,26 @@ struct DecodePass {
   // So few rows are not worth turning the keys over, nor values that lie side by side.
   static constexpr int32_t kRowsOfDots = 3;
 
-  void load_queries(const Sequence& sequence, int32_t head_kv) const {
-    int32_t r = 0;
-    for (int32_t member = 0; member < partials.group; ++member) {
-      const auto matrix = query_matrix<T>(p.q, p.q_strides, sequence,
-                                          head_kv * partials.group + member, p.head_dim);
-      for (int32_t row = 0; row < sequence.seqlen_q; ++row, ++r) {
-        copy_row(matrix.row(row), p.head_dim, q_stride, q.data() + r * q_stride);
-        if (r >= kRowsOfDots) continue;
+  void load_queries(const Sequence& sequence, int32_t head_kv, int32_t rows) const {
+    for (int32_t r = 0; r < rows; ++r) {
+      const int32_t head = head_kv * group + r / sequence.seqlen_q;
+      const auto matrix = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
+      const T* row = matrix.row(r % sequence.seqlen_q);
+      if (rows > kRowsOfDots) {
+        copy_row(row, p.head_dim, q_stride, q.data() + r * q_stride);
+      } else {
         const int64_t stride = padded<A>(p.head_dim);
-        copy_row(matrix.row(row), p.head_dim, stride, q_numbers.data() + r * stride);
+        copy_row(row, p.head_dim, stride, q_numbers.data() + r * stride);
       }
     }
+  }
+
+  // Whether the mask hides a tile of keys from all rows.
+  bool is_hidden(const Sequence& sequence, int32_t head_kv, int32_t key, int32_t count) const {
+    for (int32_t member = 0; member < group; ++member) {
+      if (!mask_hides<A>(p.mask, place_of(sequence, head_kv, member, key, count))) return false;
+    }
+    return true;
   }
 
   // pairs[r][i] = q[r] . k[i].
@@ -258,95 +272,133 @@ struct DecodePass {
   }
 
   // result[r] += sum_i weights[r][i] * v[i].
-  void weigh(const HeadMatrix<T>& v, int32_t count, int32_t rows, const A* tile, A* result) const {
+  void weigh(const HeadMatrix<T>& v, int32_t count, int32_t rows, const A* weights, int64_t stride,
+             A* result) const {
     if (rows > kRowsOfDots) {
-      accumulate_rows(weights_over_lanes(tile, rows, elements.data()), rows,
+      accumulate_rows(weights_over_lanes(weights, rows, elements.data()), rows,
                       over_rows(v, 0, count, buffer.data()), count, p.head_dim_v, result);
       return;
     }
     for (int32_t r = 0; r < rows; ++r) {
-      weigh_values(v, count, tile + r * kRows, result + r * partials.columns);
+      weigh_values(v, count, weights + r * kRows, result + r * stride);
     }
+  }
+
+  TilePlace<false> place_of(const Sequence& sequence, int32_t head_kv, int32_t member, int32_t key,
+                            int32_t count) const {
+    return {sequence, head_kv * group + member, key, count, 0, sequence.seqlen_q};
   }
 
   // f(place, scores) for each query head's part of a tile of keys.
   template <typename F>
   void for_heads(const Sequence& sequence, int32_t head_kv, int32_t key, int32_t count, A* tile,
                  const F& f) const {
-    for (int32_t member = 0; member < partials.group; ++member) {
-      const TilePlace<false> place{
-          sequence, head_kv * partials.group + member, key, count, 0, sequence.seqlen_q};
-      f(place, tile + int64_t{member} * sequence.seqlen_q * kRows);
+    for (int32_t member = 0; member < group; ++member) {
+      f(place_of(sequence, head_kv, member, key, count),
+        tile + int64_t{member} * sequence.seqlen_q * kRows);
     }
   }
 
   const AttentionForwardParams& p;
-  const Partials<A>& partials;
+  const int32_t group;
   const int64_t q_stride;
   const Scratch<E> q;
-  const Scratch<A> q_numbers;  // the first rows again, for dots
+  const Scratch<A> q_numbers;  // in place of q, of few rows
   const Scratch<E> k_lanes, buffer, elements;
   const Scratch<A> scores;
   const Scratch<T> pages;
 };
 
-// Puts the chunks of a row together, those of the tasks from the first on.
+// Puts the chunks of a head's rows together, those of the tasks from the first on.
 template <typename T, typename A = Accumulator<T>>
 static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
-                         int32_t row, const Partials<A>& partials, int64_t first_task,
-                         int32_t chunks, A* result) {
-  const int32_t row_of_group = head % partials.group * sequence.seqlen_q + row;
-  A max = kHiddenScore<A>, sum = 0;
-  for (int32_t c = 0; c < chunks; ++c) {
-    const A of_chunk = partials.max(first_task + c, row_of_group);
-    max = of_chunk > max ? of_chunk : max;
-  }
-  const A shift = max == kHiddenScore<A> ? A(0) : max;
-  std::fill_n(result, partials.columns, A(0));
-  for (int32_t c = 0; c < chunks; ++c) {
-    const A* of_chunk = partials.result(first_task + c, row_of_group);
-    const A factor = std::exp(partials.max(first_task + c, row_of_group) - shift);
-    sum += factor * partials.sum(first_task + c, row_of_group);
+                         const Partials<A>& partials, int64_t first_task) {
+  alignas(64) A result[kMaxHeadDim];
+  const int32_t chunks = num_chunks<A>(sequence);
+  const auto out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head);
+  for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
+    const int32_t row_of_group = head % partials.group * sequence.seqlen_q + row;
+    A max = kHiddenScore<A>, sum = 0;
+    for (int32_t c = 0; c < chunks; ++c) {
+      const A of_chunk = partials.max(first_task + c, row_of_group);
+      max = of_chunk > max ? of_chunk : max;
+    }
+    const A shift = max == kHiddenScore<A> ? A(0) : max;
+    std::fill_n(result, partials.columns, A(0));
+    for (int32_t c = 0; c < chunks; ++c) {
+      const A* of_chunk = partials.result(first_task + c, row_of_group);
+      const A factor = std::exp(partials.max(first_task + c, row_of_group) - shift);
+      sum += factor * partials.sum(first_task + c, row_of_group);
 #pragma omp simd
-    for (int32_t d = 0; d < p.head_dim_v; ++d) result[d] += factor * of_chunk[d];
+      for (int32_t d = 0; d < p.head_dim_v; ++d) result[d] += factor * of_chunk[d];
+    }
+    const RowEnd<A> row_end = end_row(p, head, max, sum);
+    store_row_end(p, row_of_all(p, sequence, head, row), row_end);
+    store_row(result, row_end.scale, p.head_dim_v, out + row * p.out_strides.row);
   }
-  const RowEnd<A> row_end = end_row(p, head, max, sum);
-  store_row_end(p, row_of_all(p, sequence, head, row), row_end);
-  store_row(
-      result, row_end.scale, p.head_dim_v,
-      query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head) + row * p.out_strides.row);
 }
 
+// The longest of the sequences that are decoded, in queries and in chunks. Of unpacked ones their
+// shape says it.
+struct Longest {
+  int32_t queries, chunks;
+};
+template <typename A>
+static Longest longest_decoded(const AttentionProblem& p) {
+  if (p.maybe_cu_seqlens_q == nullptr) {
+    return {p.seqlen_q <= kQueriesOfDecode ? p.seqlen_q : 0,
+            static_cast<int32_t>(num_tile_slots(p, false, kChunk<A>))};
+  }
+  Longest longest{};
+  for (int32_t index = 0; index <= p.num_sequences; ++index) {
+    const Sequence sequence = sequence_of(p, index);
+    if (!is_decoded(sequence)) continue;
+    longest.queries = std::max(longest.queries, sequence.seqlen_q);
+    longest.chunks = std::max(longest.chunks, num_chunks<A>(sequence));
+  }
+  return longest;
+}
+
+// The rows of a sequence of one chunk are finished by its task; the others' chunks are put together
+// by tasks of their own, when all are there.
 template <typename T>
 static void decode(const AttentionForwardParams& p) {
   using A = Accumulator<T>;
+  const Longest longest = longest_decoded<A>(p);
+  if (longest.queries == 0) return;
+  const int32_t group = p.num_heads / p.num_heads_kv, most_rows = group * longest.queries;
   const int64_t chunks = num_tile_slots(p, false, kChunk<A>);
   const int64_t tasks = int64_t{p.batch} * p.num_heads_kv * chunks;
-  const Partials<A> partials(p, tasks);
+  const Partials<A> partials(p, longest.queries, longest.chunks > 1 ? tasks : 0);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const DecodePass<T> pass(p, partials);
+    const DecodePass<T> pass(p, most_rows);
+    const Partials<A> own(p, longest.queries, 1);
     for (int64_t task = begin; task < end; ++task) {
       const auto [sequence, head_kv, key] = task_place(p, false, kChunk<A>, task);
-      if (is_decoded(sequence) && key < sequence.seqlen_k) pass.run(sequence, head_kv, key, task);
+      if (!is_decoded(sequence) || key >= sequence.seqlen_k) continue;
+      if (num_chunks<A>(sequence) > 1) {
+        pass.run(sequence, head_kv, key, partials, task);
+        continue;
+      }
+      pass.run(sequence, head_kv, key, own, 0);
+      for (int32_t member = 0; member < group; ++member) {
+        merge_chunks<T>(p, sequence, head_kv * group + member, own, 0);
+      }
     }
   });
-  const int64_t sequences = p.num_sequences + (p.maybe_cu_seqlens_q != nullptr);
+  const int64_t heads =
+      (int64_t{p.num_sequences} + (p.maybe_cu_seqlens_q != nullptr)) * p.num_heads;
   // A thread is worth waking for some ten thousand elements.
-  const int64_t elements = tasks / p.num_heads_kv * partials.most_rows * partials.columns;
-  const int64_t grain = 1 + 16384 * sequences / (elements + 1);
-  parallel_for(0, sequences * p.num_heads, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) A result[kMaxHeadDim];
+  const int64_t elements = partials.most_rows * partials.columns * tasks;
+  const int64_t grain = 1 + 16384 * heads / (elements + 1);
+  parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int32_t head = static_cast<int32_t>(task % p.num_heads);
       const Sequence sequence = sequence_of(p, static_cast<int32_t>(task / p.num_heads));
-      if (!is_decoded(sequence)) continue;
-      const int64_t first_task =
-          (int64_t{sequence.batch} * p.num_heads_kv + head / partials.group) * chunks +
-          first_key_slot(p, sequence, kChunk<A>);
-      const int32_t chunks_of_sequence = (sequence.seqlen_k + kChunk<A> - 1) / kChunk<A>;
-      for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
-        merge_chunks<T>(p, sequence, head, row, partials, first_task, chunks_of_sequence, result);
-      }
+      if (!is_decoded(sequence) || num_chunks<A>(sequence) == 1) continue;
+      merge_chunks<T>(p, sequence, head, partials,
+                      (int64_t{sequence.batch} * p.num_heads_kv + head / group) * chunks +
+                          first_key_slot(p, sequence, kChunk<A>));
     }
   });
 }

@@ -223,12 +223,17 @@ static void query_tasks(const typename Pass::Params& p, int32_t num_tiles, int64
     // The rows of the last tile see the last keys.
     const Range keys{tiles[0].keys.begin / kOtherRows * kOtherRows, tiles[count - 1].keys.end};
     for (int32_t key = keys.begin; key < keys.end; key += kOtherRows) {
-      pass.load(sequence, head / (p.num_heads / p.num_heads_kv), key,
-                std::min(kOtherRows, sequence.seqlen_k - key));
+      bool loaded = false;
       for (int32_t t = 0; t < count; ++t) {
         if (key >= tiles[t].keys.end || key + kOtherRows <= tiles[t].keys.begin) continue;
         const TilePlace<true> place = tiles[t].place(sequence, head, key);
-        if (!mask_hides<A>(p.mask, place)) pass.step(band, place, tiles[t]);
+        if (mask_hides<A>(p.mask, place)) continue;
+        if (!loaded) {
+          pass.load(sequence, head / (p.num_heads / p.num_heads_kv), key,
+                    std::min(kOtherRows, sequence.seqlen_k - key));
+        }
+        loaded = true;
+        pass.step(band, place, tiles[t]);
       }
     }
     for (int32_t t = 0; t < count; ++t) pass.finish(sequence, head, tiles[t]);

@@ -124,7 +124,7 @@ static inline void load_mask(const M* from, int64_t stride, int32_t count, A* to
 }
 
 // f(other, lane, vector) for all of a tile's part of a mask, in whole vectors along whichever of
-// its dimensions is contiguous. Lanes behind the last get something finite.
+// its dimensions is contiguous. Lanes behind the last get zeros.
 template <typename A, typename M, typename F>
 static inline void for_mask_vectors(const MaskTile<M>& tile, const F& f) {
   using Vector = typename VectorOf<A>::type;
