@@ -129,15 +129,38 @@ def test_result_compares_round_by_round():
     assert result.wrong is None and result.stock_kernel == "mm"
 
 
-def test_what_memory_bounds_is_compared_with_plain_passes(monkeypatch):
-    case = optim_cases.step_case("SGD", (2, (4096,)), "fused")
-    assert run_case(case, CPU, 0.001).memory_rate is None  # too small: its memory is a cache
-    monkeypatch.setattr(measure, "_LARGE_BYTES", 1 << 17)
+@pytest.mark.parametrize(
+    ("case", "threshold", "unit"),
+    [
+        (optim_cases.step_case("SGD", (2, (4096,)), "fused"), "_LARGE_BYTES", "memory"),
+        (small_case(doubling), "_LARGE_OPERATIONS", "torch.mm"),
+        (small_case(doubling, dtype=torch.bfloat16), "_LARGE_OPERATIONS", "torch.mm"),
+    ],
+    ids=["memory", "products", "products in bfloat16"],
+)
+def test_large_work_is_compared_with_what_the_machine_reaches(monkeypatch, case, threshold, unit):
+    monkeypatch.setattr(measure, "_PRODUCT_SIZE", {"cpu": 64})
+    monkeypatch.setattr(measure, threshold, case.work + 1)
+    assert run_case(case, CPU, 0.001).machine_rate is None  # of small work it says nothing
+    monkeypatch.setattr(measure, threshold, 1 << 17)
     result = run_case(case, CPU, 0.001)
-    assert result.memory_rate > 0 and set(result.timings) == {"stock", "fused"}
-    share = f"{result.rate('fused') / result.memory_rate:.0%}"
-    assert any(f"({share} of memory)" in cell for cell in results.row(result, compiled=False))
-    assert results.as_data(result)["memory_rate"] == result.memory_rate
+    assert result.machine_rate > 0 and set(result.timings) == {"stock", "fused"}
+    share = f"{result.rate('fused') / result.machine_rate:.0%}"
+    assert any(f"({share} of {unit})" in cell for cell in results.row(result, compiled=False))
+    assert results.as_data(result)["machine_rate"] == result.machine_rate
+
+
+def test_the_machine_is_measured_by_its_faster_product(monkeypatch):
+    """On some CPUs that is float32's, also for bfloat16."""
+    seconds = {torch.bfloat16: 2.0, torch.float32: 0.5}
+    monkeypatch.setattr(
+        measure,
+        "interleave",
+        lambda runs, *_: {name: measure.Timing((seconds.get(name, 1.0),)) for name in runs},
+    )
+    result = run_case(small_case(doubling, dtype=torch.bfloat16), CPU, 0.001)
+    size = measure._PRODUCT_SIZE["cpu"]
+    assert result.machine_rate == pytest.approx(2 * size**3 / 0.5 / 1e9)
 
 
 # Command
@@ -151,7 +174,7 @@ def test_command_writes_json_and_report(two_cases, tmp_path, capsys):
     json_path, page_path = tmp_path / "new" / "bench.json", tmp_path / "bench.html"
     assert bench("--quick", "--json", json_path, "--report", page_path) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"f32 double once +[\d.]+ .s +[\d.]+ .s +[\d.]+x +.* GFLOP/s +mm\n", printed)
+    assert re.search(r"f32 double once +[\d.]+ .s +[\d.]+ .s +[\d.]+x +.* GFLOP/s .*mm\n", printed)
     assert "2 cases" in printed and torch.__version__ in printed
 
     content = json.loads(json_path.read_text())

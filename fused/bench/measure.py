@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ _BLOCK_SECONDS = 0.005  # a block of calls lasts at least this long, or one call
 _SLOW_SECONDS = 0.02  # a call this long is not noticeably slower for finding its caches cold
 _MIN_ROUNDS = 5
 _LARGE_BYTES = 128 << 20  # far beyond any cache, to copy and for a case to be compared with that
+_LARGE_OPERATIONS = 1 << 28  # from here on a case's products, not its calls, are what takes time
+_PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # of square matrices that keep the machine busy
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Result:
     stock_kernel: str  # what stock spent most of its time in
     wrong: str | None  # how fused failed its check
     failed: dict[Contender, str]  # contenders that could not run, and why
-    memory_rate: float | None = None  # GB/s that plain passes reach meanwhile, if memory bounds
+    machine_rate: float | None = None  # what plain work of the case's unit reaches meanwhile
 
     def ratios(self, contender: Contender = "fused") -> list[float]:
         """How many times faster than stock, round by round."""
@@ -69,24 +72,33 @@ def run_case(case: Case, device: torch.device, seconds: float, *, compiled: bool
             runs["compiled"] = run
         except Exception as error:  # the compiler's failure is a result, whatever its kind
             failed["compiled"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    passes = _plain_passes(case, device)
-    timings = interleave({**runs, **passes}, device, seconds)
-    rates = [2 * _LARGE_BYTES / timings.pop(name).median / 1e9 for name in passes]
+    plain, work = _plain_work(case, device)
+    timings = interleave({**runs, **plain}, device, seconds)
+    rates = [work / timings.pop(name).median / 1e9 for name in plain]
     kernel = main_kernel(runs["stock"], device)
     return Result(case, timings, kernel, wrong, failed, max(rates, default=None))
 
 
-def _plain_passes(case: Case, device: torch.device) -> dict[str, Callable[[], Any]]:
-    """Passes over memory that read and write _LARGE_BYTES each; none where they would say nothing.
+def _plain_work(case: Case, device: torch.device) -> tuple[Mapping[Any, Callable[[], Any]], float]:
+    """What the machine is measured by in the case's unit, and the work in each; for a small case,
+    of which it would say nothing, none.
 
-    A copy and a pass in place: which of them is faster is the machine's choice. They take turns
-    with the contenders, because its bandwidth changes with whatever else it does.
+    A copy and a pass in place over memory, or products of matrices in the case's precision and in
+    float32: which of them is faster is the machine's choice. They take turns with the contenders,
+    because what it reaches changes with whatever else it does.
     """
-    if case.unit != "GB/s" or case.work < _LARGE_BYTES:
-        return {}
-    source = torch.ones(_LARGE_BYTES // 4, device=device)
-    target = torch.zeros_like(source)
-    return {"copy": lambda: target.copy_(source), "in place": lambda: source.neg_()}
+    if case.unit == "GB/s" and case.work >= _LARGE_BYTES:
+        source = torch.ones(_LARGE_BYTES // 4, device=device)
+        target = torch.zeros_like(source)
+        passes = {"copy": lambda: target.copy_(source), "in place": lambda: source.neg_()}
+        return passes, 2 * _LARGE_BYTES
+    if case.unit == "GFLOP/s" and case.work >= _LARGE_OPERATIONS:
+        size = _PRODUCT_SIZE[device.type]
+        whole = torch.randn(size, size, device=device)
+        factors = {dtype: whole.to(dtype) for dtype in (case.dtype, torch.float32)}
+        products = {dtype: functools.partial(torch.mm, a, a) for dtype, a in factors.items()}
+        return products, 2 * size**3
+    return {}, 0
 
 
 def check(case: Case, device: torch.device) -> str | None:
