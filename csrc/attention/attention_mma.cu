@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention/attention_mma.h"
+#include "attention/attention_split.h"
 
 namespace fused {
 namespace {

@@ -92,13 +92,6 @@ FUSED_HOST_DEVICE int32_t first_key_slot(const AttentionProblem& p, const Sequen
   return first_slot(p.maybe_cu_seqlens_k, sequence.index, tile);
 }
 
-// On a GPU sequences of so few queries, as in decoding, have a forward pass of their own, in which
-// the work is dealt out by keys. (On the CPU more of them: attention_cpu_decode.inl.)
-constexpr int32_t kFewQueries = 4;
-FUSED_HOST_DEVICE bool has_few_queries(const Sequence& sequence) {
-  return sequence.seqlen_q <= kFewQueries;
-}
-
 // Where row `row` of a sequence lies in lse, and in whatever else is [B, H, S].
 FUSED_HOST_DEVICE int64_t row_of_all(const AttentionProblem& p, const Sequence& sequence,
                                      int32_t head, int32_t row) {

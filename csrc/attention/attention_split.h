@@ -5,6 +5,13 @@
 
 namespace fused {
 
+// Sequences of so few queries, as in decoding, have a forward pass of their own, in which the work
+// is dealt out by keys.
+constexpr int32_t kFewQueries = 4;
+FUSED_HOST_DEVICE bool has_few_queries(const Sequence& sequence) {
+  return sequence.seqlen_q <= kFewQueries;
+}
+
 // Keys of a block, whatever else there is: a sequence's result is the same in any batch.
 constexpr int32_t kSplitKeys = 128;
 
