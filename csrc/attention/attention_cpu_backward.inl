@@ -230,8 +230,7 @@ static void backward_queries(const AttentionBackwardParams& p, int64_t begin, in
 template <typename T>
 static void backward_operands(const AttentionBackwardParams& p) {
   using A = Accumulator<T>;
-  const bool has_rest = p.maybe_cu_seqlens_q != nullptr;
-  const int64_t heads_kv = (int64_t{p.num_sequences} + has_rest) * p.num_heads_kv;
+  const int64_t heads_kv = num_sequences_and_rest(p) * p.num_heads_kv;
   const int64_t threads = num_threads();
   // Five products a tile, by as many heads at a time as there are threads, or seven by all threads.
   const int64_t turns = (heads_kv + threads - 1) / threads;

@@ -24,9 +24,8 @@ static int32_t num_chunks(const Sequence& sequence) {
 // head: sums of exp(score - max) * v, of exp(score - max), and max.
 template <typename A>
 struct Partials {
-  Partials(const AttentionProblem& p, int32_t most_queries, int64_t tasks)
-      : group(p.num_heads / p.num_heads_kv),
-        most_rows(group * most_queries),
+  Partials(const AttentionProblem& p, int32_t rows_of_task, int64_t tasks)
+      : most_rows(rows_of_task),
         columns(padded<A>(p.head_dim_v)),
         values(tasks * most_rows * columns),
         ends(tasks * most_rows * 2) {}
@@ -37,8 +36,7 @@ struct Partials {
   A& max(int64_t task, int32_t row) const { return ends.data()[(task * most_rows + row) * 2]; }
   A& sum(int64_t task, int32_t row) const { return ends.data()[(task * most_rows + row) * 2 + 1]; }
 
-  const int32_t group, most_rows;
-  const int64_t columns;
+  const int64_t most_rows, columns;
   const Scratch<A> values, ends;
 };
 
@@ -316,10 +314,10 @@ template <typename T, typename A = Accumulator<T>>
 static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
                          const Partials<A>& partials, int64_t first_task) {
   alignas(64) A result[kMaxHeadDim];
-  const int32_t chunks = num_chunks<A>(sequence);
+  const int32_t group = p.num_heads / p.num_heads_kv, chunks = num_chunks<A>(sequence);
   const auto out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head);
   for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
-    const int32_t row_of_group = head % partials.group * sequence.seqlen_q + row;
+    const int32_t row_of_group = head % group * sequence.seqlen_q + row;
     A max = kHiddenScore<A>, sum = 0;
     for (int32_t c = 0; c < chunks; ++c) {
       const A of_chunk = partials.max(first_task + c, row_of_group);
@@ -371,10 +369,11 @@ static void decode(const AttentionForwardParams& p) {
   const int32_t group = p.num_heads / p.num_heads_kv, most_rows = group * longest.queries;
   const int64_t chunks = num_tile_slots(p, false, kChunk<A>);
   const int64_t tasks = int64_t{p.batch} * p.num_heads_kv * chunks;
-  const Partials<A> partials(p, longest.queries, longest.chunks > 1 ? tasks : 0);
+  const int64_t kept = longest.chunks > 1 ? tasks : 0;
+  const Partials<A> partials(p, most_rows, kept);
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     const DecodePass<T> pass(p, most_rows);
-    const Partials<A> own(p, longest.queries, 1);
+    const Partials<A> own(p, most_rows, 1);
     for (int64_t task = begin; task < end; ++task) {
       const auto [sequence, head_kv, key] = task_place(p, false, kChunk<A>, task);
       if (!is_decoded(sequence) || key >= sequence.seqlen_k) continue;
@@ -388,10 +387,9 @@ static void decode(const AttentionForwardParams& p) {
       }
     }
   });
-  const int64_t heads =
-      (int64_t{p.num_sequences} + (p.maybe_cu_seqlens_q != nullptr)) * p.num_heads;
+  const int64_t heads = num_sequences_and_rest(p) * p.num_heads;
   // A thread is worth waking for some ten thousand elements.
-  const int64_t elements = partials.most_rows * partials.columns * tasks;
+  const int64_t elements = kept * most_rows * partials.columns;
   const int64_t grain = 1 + 16384 * heads / (elements + 1);
   parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

@@ -48,6 +48,10 @@ FUSED_HOST_DEVICE Sequence sequence_of(const AttentionProblem& p, int32_t index)
   return {index, 0, q.begin, k.begin, q.end - q.begin, k.end - k.begin, index == p.num_sequences};
 }
 
+FUSED_HOST_DEVICE int64_t num_sequences_and_rest(const AttentionProblem& p) {
+  return int64_t{p.num_sequences} + (p.maybe_cu_seqlens_q != nullptr);
+}
+
 // A tile of rows of one operand: where it starts in its sequence. Empty if that is behind its end.
 struct OwnTile {
   Sequence sequence;
