@@ -119,7 +119,8 @@ def scaled_dot_product_attention(
         softcap: bounds the scores to its size, by a tanh. Positive.
         alibi_slopes: ``[H]``, floating (Press et al., arXiv:2108.12409).
         sink: ``[H]``, floating: a logit that joins each row's denominator, and nothing else.
-        return_lse: also return the log-sum-exp of each row's scores, sink included.
+        return_lse: also return the log-sum-exp of each row's scores, sink included: NaN, as the
+            output, where one of them is +inf.
 
     Returns:
         ``[..., H, S, Dv]`` in the query's dtype. A query that sees no key gives zeros, and no

@@ -100,9 +100,7 @@ FUSED_HOST_DEVICE RowEnd<A> end_row(const AttentionProblem& problem, int32_t hea
     factor = std::exp(keys_max - max);
     sum = sum * factor + std::exp(sink - max);
   }
-  // Beside a score of +inf the weights are NaN, and so is their sum; the log-sum-exp is that score.
-  const A lse = max == static_cast<A>(INFINITY) ? max : max + std::log(sum);
-  return {{max, 1 / sum}, lse, factor / sum};
+  return {{max, 1 / sum}, max + std::log(sum), factor / sum};
 }
 
 // Where the stats of a row lie in the [2, B, H, S] that hold them.
