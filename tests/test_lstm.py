@@ -207,6 +207,32 @@ def test_a_repeated_run_is_bitwise_equal(
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+# What is multiplied by our own products: few rows, and on older CPUs all but float16, go to the
+# library, which promises nothing about threads.
+OWN_ROWS = [c for c in CASES if (sum(c.lengths) or c.steps * c.batch) >= 32]
+OWN_DTYPES = [torch.float16, torch.float32, torch.bfloat16]
+OWN_DTYPES = OWN_DTYPES[: 1 if _route.kernels().isa() == "generic" else 3]
+
+
+@pytest.mark.parametrize("dtype", OWN_DTYPES, ids=str)
+@pytest.mark.parametrize("case", OWN_ROWS, ids=lambda case: case.name)
+def test_the_number_of_threads_changes_nothing(case: LSTMCase, dtype: torch.dtype) -> None:
+    """Threads go through rows or columns of a step together, or through rows of their own."""
+    tensors, options = case.make(dtype, "cpu")
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            inputs = leaves(tensors, dtype)
+            outputs = lstm_layer(*inputs, **options)
+            results.append(with_gradients(outputs, inputs, draw_like(outputs)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def test_inputs_are_left_as_they_were(backend: torch.device) -> None:
     for case in (LSTMCase("plain"), LSTMCase("packed", lengths=(3, 2), proj_size=2)):
         tensors, options = case.make(torch.float32, backend)

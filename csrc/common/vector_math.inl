@@ -60,10 +60,28 @@ static inline VectorOf<double>::type softmax_exp(const VectorOf<double>::type& x
   return result;
 }
 
+// exp(x) to be added to 1, by half of vector_exp's instructions: below -87 it stays what it is
+// there, above 88.3 it is infinity. The polynomial is softmax_exp's.
+static inline float exp_beside_one(float x) {
+  const float clamped = x < -87.0f ? -87.0f : (x > 89.0f ? 89.0f : x);
+  const float rounded = clamped * 1.44269504088896341f + 12582912.0f;
+  const float n = rounded - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = r * 1.38145965e-3f + 8.36871751e-3f;
+  p = p * r + 4.16683890e-2f;
+  p = p * r + 1.66665211e-1f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t scale = (detail::bit_cast<uint32_t>(rounded) << 23) + 0x3f800000u;
+  return p * detail::bit_cast<float>(scale);
+}
+static inline double exp_beside_one(double x) { return std::exp(x); }
+
 // 1 / (1 + exp(-x)), exact at both ends.
 template <typename A>
 static inline A vector_sigmoid(A x) {
-  return A(1) / (A(1) + vector_exp(-x));
+  return A(1) / (A(1) + exp_beside_one(-x));
 }
 
 // tanh(x): an odd polynomial near zero, where 1 - 2 / (exp(2x) + 1) would cancel.
@@ -76,7 +94,7 @@ static inline float vector_tanh(float x) {
   p = p * x2 + 1.33314422036e-1f;
   p = p * x2 - 3.33332819422e-1f;
   const float small = x + x * x2 * p;
-  const float large = 1.0f - 2.0f / (vector_exp(2.0f * magnitude) + 1.0f);
+  const float large = 1.0f - 2.0f / (exp_beside_one(2.0f * magnitude) + 1.0f);
   return magnitude < 0.625f ? small : __builtin_copysignf(large, x);
 }
 static inline double vector_tanh(double x) { return std::tanh(x); }

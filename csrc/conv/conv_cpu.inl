@@ -1,6 +1,7 @@
 // The CPU kernels of one instruction set; see each file's head.
 // clang-format off: each needs those above it
 #include "conv/conv_cpu_activation.inl"
+#include "common/transpose.inl"
 #include "conv/conv_cpu_tile.inl"
 #include "conv/conv_cpu_activation_backward.inl"
 #include "conv/conv_cpu_planar.inl"

@@ -17,6 +17,9 @@ static void lstm_cell_forward_rows(const LstmCellForwardParams& p, int64_t row_b
     const T* c_prev = static_cast<const T*>(p.c_prev) + row * hidden;
     T* c_next = static_cast<T*>(p.c_next) + row * hidden;
     T* h_next = static_cast<T*>(p.h_next) + row * hidden;
+    // A copy that nobody wants goes where the original is.
+    T* c_copy = p.maybe_c_copy ? static_cast<T*>(p.maybe_c_copy) + row * hidden : c_next;
+    T* h_copy = p.maybe_h_copy ? static_cast<T*>(p.maybe_h_copy) + row * hidden : h_next;
     const auto gate = [&](int64_t index) {
       return load(gates[index]) + (load(bias_ih[index]) + load(bias_hh[index]));
     };
@@ -31,12 +34,12 @@ static void lstm_cell_forward_rows(const LstmCellForwardParams& p, int64_t row_b
       gates[hidden + j] = store<T>(f);
       gates[2 * hidden + j] = store<T>(g);
       gates[3 * hidden + j] = store<T>(o);
+      const A h = o * vector_tanh(c);
       c_next[j] = store<T>(c);
-      h_next[j] = store<T>(o * vector_tanh(c));
+      c_copy[j] = store<T>(c);
+      h_next[j] = store<T>(h);
+      h_copy[j] = store<T>(h);
     }
-    const size_t row_bytes = static_cast<size_t>(hidden) * sizeof(T);
-    if (p.maybe_c_copy) memcpy(static_cast<T*>(p.maybe_c_copy) + row * hidden, c_next, row_bytes);
-    if (p.maybe_h_copy) memcpy(static_cast<T*>(p.maybe_h_copy) + row * hidden, h_next, row_bytes);
   }
 }
 

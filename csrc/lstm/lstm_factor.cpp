@@ -14,15 +14,14 @@ namespace {
 #if !defined(FUSED_EMULATED)
 
 // Below this many rows, packing B costs more than the library's slower product.
-constexpr int64_t kRowsWorthPacking = 256;
+constexpr int64_t kRowsWorthPacking = 32;
 
 bool is_ours(const at::Tensor& b, int64_t rows) {
   if (!b.is_cpu() || rows == 0 || b.numel() == 0) return false;
   switch (b.scalar_type()) {
     case at::kHalf:
       return true;
-    case at::kBFloat16:  // where the CPU multiplies it; else by the library
-      return rows >= kRowsWorthPacking && current_isa() == Isa::kAvx512Bf16;
+    case at::kBFloat16:
     case at::kFloat:
       return rows >= kRowsWorthPacking && current_isa() != Isa::kGeneric;
     default:
@@ -30,9 +29,10 @@ bool is_ours(const at::Tensor& b, int64_t rows) {
   }
 }
 
-CpuMatrix cpu_matrix(const at::Tensor& tensor) {
-  return {tensor.const_data_ptr(), tensor.stride(0), tensor.stride(1),
-          dtype_of("lstm", "weight", tensor)};
+CpuMatrix cpu_matrix(const Rows& rows) {
+  const at::Tensor& matrix = rows.matrix;
+  return {static_cast<const char*>(matrix.const_data_ptr()) + rows.byte_offset(), matrix.stride(0),
+          matrix.stride(1), dtype_of("lstm", "weight", matrix)};
 }
 
 #endif
@@ -43,7 +43,7 @@ Factor::Factor(const at::Tensor& b, int64_t rows) : b_(b) {
 #if !defined(FUSED_EMULATED)
   if (!is_ours(b, rows)) return;
   const int64_t k = b.size(0), n = b.size(1);
-  const CpuMatrix matrix = cpu_matrix(b);
+  const CpuMatrix matrix = cpu_matrix({b, 0, k});
   packed_ = at::empty({packed_size_cpu(matrix.dtype, k, n)}, b.options().dtype(at::kByte));
   pack_cpu(matrix, k, n, packed_.mutable_data_ptr());
 #else
@@ -59,32 +59,33 @@ at::Tensor Factor::product(const at::Tensor& a) const {
 #endif
   if (!packed_.defined()) return at::mm(a, b_);
   const at::Tensor c = at::empty({a.size(0), b_.size(1)}, a.options());
-  run(c, a, false);
+  run({c, 0, c.size(0)}, {a, 0, a.size(0)}, false);
   return c;
 }
 
-void Factor::assign(const at::Tensor& c, const at::Tensor& a) const {
+void Factor::assign(const Rows& c, const Rows& a) const {
   if (packed_.defined()) {
     run(c, a, false);
   } else {
-    at::Tensor out = c;
-    at::mm_out(out, a, b_);
+    at::Tensor out = c.narrow();
+    at::mm_out(out, a.narrow(), b_);
   }
 }
 
-void Factor::add(const at::Tensor& c, const at::Tensor& a) const {
+void Factor::add(const Rows& c, const Rows& a) const {
   if (packed_.defined()) {
     run(c, a, true);
   } else {
-    c.addmm_(a, b_);
+    c.narrow().addmm_(a.narrow(), b_);
   }
 }
 
-void Factor::run(const at::Tensor& c, const at::Tensor& a, bool accumulate) const {
+void Factor::run(const Rows& c, const Rows& a, bool accumulate) const {
 #if !defined(FUSED_EMULATED)
-  if (a.size(0) == 0) return;
-  product_cpu({cpu_matrix(a), packed_.const_data_ptr(), c.data_ptr(), c.stride(0), a.size(0),
-               b_.size(1), b_.size(0), accumulate});
+  if (a.count == 0) return;
+  product_cpu({cpu_matrix(a), packed_.const_data_ptr(),
+               static_cast<char*>(c.matrix.mutable_data_ptr()) + c.byte_offset(),
+               c.matrix.stride(0), a.count, b_.size(1), b_.size(0), accumulate});
 #else
   (void)c, (void)a, (void)accumulate;
 #endif

@@ -5,18 +5,31 @@
 
 namespace fused {
 
+// Rows [first, first + count) of a matrix.
+struct Rows {
+  const at::Tensor& matrix;
+  int64_t first, count;
+
+  at::Tensor narrow() const { return matrix.narrow(0, first, count); }
+  int64_t byte_offset() const { return first * matrix.stride(0) * matrix.element_size(); }
+};
+
 // The right-hand factor B [k, n] of one product or, as recurrent weights are, of many.
 class Factor {
  public:
   // `rows` is how many rows of left-hand factors it will meet in all: few are not worth packing B.
   Factor(const at::Tensor& b, int64_t rows);
 
-  at::Tensor product(const at::Tensor& a) const;                // A B
-  void assign(const at::Tensor& c, const at::Tensor& a) const;  // C = A B
-  void add(const at::Tensor& c, const at::Tensor& a) const;     // C += A B
+  at::Tensor product(const at::Tensor& a) const;    // A B
+  void assign(const Rows& c, const Rows& a) const;  // C = A B
+  void add(const Rows& c, const Rows& a) const;     // C += A B
+
+  // What B takes packed. 0 where the library multiplies: our own products alone may be run by the
+  // threads of a parallel region side by side.
+  int64_t packed_bytes() const { return packed_.defined() ? packed_.numel() : 0; }
 
  private:
-  void run(const at::Tensor& c, const at::Tensor& a, bool accumulate) const;
+  void run(const Rows& c, const Rows& a, bool accumulate) const;
 
   at::Tensor b_;
   at::Tensor packed_;  // undefined where the library multiplies

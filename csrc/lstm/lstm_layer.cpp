@@ -9,6 +9,7 @@
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 
+#include "common/parallel.h"
 #include "lstm/lstm_factor.h"
 #include "lstm/lstm_glue.h"
 #include "lstm/lstm_ops.h"
@@ -69,6 +70,26 @@ void check_layer(const char* op, const at::Tensor& input, const at::Tensor& h0,
                     input.size(packed ? 0 : 1), "), got ", h0.sizes());
 }
 
+// Goes through all steps by `run(first, last)` for rows [first, last) of the batch: all of them, or
+// on the CPU each thread its own from the first step to the last. Threads then need not wait for
+// each other in every step; but each reads the recurrent weights, which pays as long as a core's
+// cache holds them. (On two cores 64 steps of 8 x 256 take 2.4 ms instead of 3.9, of 32 x 256 8.6
+// instead of 9.2; 32 steps of 8 x 512, with 4 MB of weights, 7.7 instead of 6.4.)
+template <typename Run>
+void for_rows_of_batch(const std::vector<LstmStep>& steps, int64_t batch, const Factor& recurrent,
+                       bool has_projection, const Run& run) {
+  constexpr int64_t kTileRows = 4;  // of a product: fewer cost as much
+  constexpr int64_t kCachedBytes = 1 << 20;
+  const int64_t bytes = recurrent.packed_bytes();
+  const bool side_by_side = 0 < bytes && bytes <= kCachedBytes && !has_projection;
+  const int64_t parts = side_by_side ? std::min<int64_t>(num_threads(), batch / kTileRows) : 1;
+  if (parts <= 1) return run(0, batch);
+  const std::vector<int64_t> bounds = split_batch(steps, batch, parts);
+  parallel_for(0, static_cast<int64_t>(bounds.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) run(bounds[part], bounds[part + 1]);
+  });
+}
+
 std::vector<int64_t> with_last(const at::Tensor& input, int64_t last) {
   std::vector<int64_t> sizes = input.sizes().vec();
   sizes.back() = last;
@@ -117,31 +138,35 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
   const at::Tensor bias_ih = contiguous_or_undefined(b_ih);
   const at::Tensor bias_hh = contiguous_or_undefined(b_hh);
 
-  LstmCellForwardParams p{};
-  p.maybe_bias_ih = pointer_or_null(bias_ih);
-  p.maybe_bias_hh = pointer_or_null(bias_hh);
-  p.c_prev = c.data_ptr();
-  p.c_next = c.data_ptr();
-  p.hidden_size = static_cast<int32_t>(hidden_size);
-  p.dtype = dtype_of(op, "input", input);
+  LstmCellForwardParams shared{};
+  shared.maybe_bias_ih = pointer_or_null(bias_ih);
+  shared.maybe_bias_hh = pointer_or_null(bias_hh);
+  shared.hidden_size = static_cast<int32_t>(hidden_size);
+  shared.dtype = dtype_of(op, "input", input);
   const Factor recurrent(w_hh.t(), rows.size(0));
   const auto projection =
       factor_if(has(w_hr) ? std::optional(w_hr->t()) : std::nullopt, rows.size(0));
-  for (const LstmStep& step : steps) {
-    const at::Tensor h_rows = h.narrow(0, 0, step.rows);
-    recurrent.add(gates.narrow(0, step.begin, step.rows), h_rows);
-    p.batch = static_cast<int32_t>(step.rows);
-    p.gates = row_pointer(gates, step.begin);
-    p.maybe_c_copy = row_pointer(cells, step.begin);
-    p.h_next = has(w_hr) ? row_pointer(hidden, step.begin) : h.data_ptr();
-    p.maybe_h_copy = has(w_hr) ? nullptr : row_pointer(output, step.begin);
-    check_status(op, FUSED_DISPATCH(input, lstm_cell_forward, p));
-    if (has(w_hr)) {
-      const at::Tensor projected = output.narrow(0, step.begin, step.rows);
-      projection->assign(projected, hidden.narrow(0, step.begin, step.rows));
-      h_rows.copy_(projected);
+  const auto run = [&](int64_t first, int64_t last) {
+    LstmCellForwardParams p = shared;
+    p.c_prev = row_pointer(c, first);
+    p.c_next = row_pointer(c, first);
+    for (const LstmStep& step : steps) {
+      const int64_t begin = step.begin + first, rows = std::min(last, step.rows) - first;
+      if (rows <= 0) continue;
+      recurrent.add({gates, begin, rows}, {h, first, rows});
+      p.batch = static_cast<int32_t>(rows);
+      p.gates = row_pointer(gates, begin);
+      p.maybe_c_copy = row_pointer(cells, begin);
+      p.h_next = has(w_hr) ? row_pointer(hidden, begin) : row_pointer(h, first);
+      p.maybe_h_copy = has(w_hr) ? nullptr : row_pointer(output, begin);
+      check_status(op, FUSED_DISPATCH(input, lstm_cell_forward, p));
+      if (has(w_hr)) {
+        projection->assign({output, begin, rows}, {hidden, begin, rows});
+        h.narrow(0, first, rows).copy_(output.narrow(0, begin, rows));
+      }
     }
-  }
+  };
+  for_rows_of_batch(steps, h0.size(0), recurrent, has(w_hr), run);
   return {output.view(with_last(input, state_size)), h, c, gates, cells, hidden};
 }
 
@@ -162,37 +187,43 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
       has(w_hr) ? at::empty(grad.c.sizes(), grad.c.options()) : at::Tensor();
   const Factor recurrent(w_hh, gates.size(0));
   const auto projection = factor_if(w_hr, gates.size(0));
-  LstmCellBackwardParams p{};
-  p.hidden_size = static_cast<int32_t>(c0.size(1));
-  p.dtype = dtype_of(op, "input", gates);
-  for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
-    const at::Tensor grad_h = grad.h.narrow(0, 0, step->rows);
-    if (has(w_hr)) {
-      at::Tensor projected = grad.projected.narrow(0, step->begin, step->rows);
-      projected.copy_(grad_h);
-      if (grad_output.defined()) projected.add_(grad_output.narrow(0, step->begin, step->rows));
-      projection->assign(grad_hidden.narrow(0, 0, step->rows), projected);
+  const auto run = [&](int64_t first, int64_t last) {
+    LstmCellBackwardParams p{};
+    p.hidden_size = static_cast<int32_t>(c0.size(1));
+    p.dtype = dtype_of(op, "input", gates);
+    for (auto step = steps.rbegin(); step != steps.rend(); ++step) {
+      const int64_t begin = step->begin + first, rows = std::min(last, step->rows) - first;
+      if (rows <= 0) continue;
+      if (has(w_hr)) {
+        at::Tensor projected = grad.projected.narrow(0, begin, rows);
+        projected.copy_(grad.h.narrow(0, first, rows));
+        if (grad_output.defined()) projected.add_(grad_output.narrow(0, begin, rows));
+        projection->assign({grad_hidden, first, rows}, {grad.projected, begin, rows});
+      }
+      // Rows that continue a sequence and rows that begin one had their c_prev in different
+      // buffers.
+      const auto launch = [&](int64_t from, int64_t to, const void* c_prev) {
+        if (from >= to) return;
+        p.batch = static_cast<int32_t>(to - from);
+        p.gates = row_pointer(gates, step->begin + from);
+        p.c_prev = c_prev;
+        p.c_next = row_pointer(cells, step->begin + from);
+        p.maybe_grad_h = row_pointer(has(w_hr) ? grad_hidden : grad.h, from);
+        p.maybe_grad_output = has(w_hr) || !grad_output.defined()
+                                  ? nullptr
+                                  : row_pointer(grad_output, step->begin + from);
+        p.maybe_grad_c = row_pointer(grad.c, from);
+        p.grad_c_prev = row_pointer(grad.c, from);
+        p.grad_gates = row_pointer(grad.gates, step->begin + from);
+        check_status(op, FUSED_DISPATCH(gates, lstm_cell_backward, p));
+      };
+      const int64_t end = first + rows, joined = std::max(first, step->continued);
+      launch(first, std::min(end, step->continued), row_pointer(cells, step->previous + first));
+      launch(joined, end, row_pointer(c0, joined));
+      recurrent.assign({grad.h, first, rows}, {grad.gates, begin, rows});
     }
-    // Rows that continue a sequence and rows that begin one had their c_prev in different buffers.
-    const auto launch = [&](int64_t first, int64_t rows, const void* c_prev) {
-      if (rows == 0) return;
-      p.batch = static_cast<int32_t>(rows);
-      p.gates = row_pointer(gates, step->begin + first);
-      p.c_prev = c_prev;
-      p.c_next = row_pointer(cells, step->begin + first);
-      p.maybe_grad_h = row_pointer(has(w_hr) ? grad_hidden : grad.h, first);
-      p.maybe_grad_output = has(w_hr) || !grad_output.defined()
-                                ? nullptr
-                                : row_pointer(grad_output, step->begin + first);
-      p.maybe_grad_c = row_pointer(grad.c, first);
-      p.grad_c_prev = row_pointer(grad.c, first);
-      p.grad_gates = row_pointer(grad.gates, step->begin + first);
-      check_status(op, FUSED_DISPATCH(gates, lstm_cell_backward, p));
-    };
-    launch(0, step->continued, row_pointer(cells, step->previous));
-    launch(step->continued, step->rows - step->continued, row_pointer(c0, step->continued));
-    recurrent.assign(grad_h, grad.gates.narrow(0, step->begin, step->rows));
-  }
+  };
+  for_rows_of_batch(steps, grad.h.size(0), recurrent, has(w_hr), run);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 #include "common/isa.h"
@@ -22,7 +23,9 @@ namespace fused {
 namespace {
 
 // Multiplications that are worth a second thread: some microseconds' work.
-constexpr int64_t kSmallProduct = 1 << 19;
+constexpr int64_t kSmallProduct = 1 << 17;
+// Elements to pack that are.
+constexpr int64_t kSmallCopy = 1 << 15;
 
 }  // namespace
 
@@ -32,7 +35,7 @@ int64_t packed_size_cpu(DType dtype, int64_t k, int64_t n) {
 
 void pack_cpu(const CpuMatrix& b, int64_t k, int64_t n, void* packed) {
   const int64_t stripes = FUSED_ISA_DISPATCH(product_stripes, n);
-  parallel_for(0, stripes, (1 << 14) / (k + 1) + 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, stripes, kSmallCopy / (k * n / stripes + 1) + 1, [&](int64_t begin, int64_t end) {
     FUSED_ISA_DISPATCH(product_pack, b, k, n, packed, begin, end);
   });
 }

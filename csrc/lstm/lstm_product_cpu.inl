@@ -5,6 +5,8 @@
 // copied to elements block by block unless it is rows of them already; C is summed in floats beside
 // it.
 
+#include "common/transpose.inl"
+
 constexpr int64_t kStripe = kMostVectors * kLanes<float>;
 // Blocks of A of 64 rows by 128 elements. Each block along k is summed by itself, so that rounding
 // grows with 128 + k / 128 additions and not with k: in one chain the weight gradients of 330 rows
@@ -47,6 +49,12 @@ static void product_pack_stripe(const CpuMatrix& b, int64_t k, int64_t n, int64_
                     i < whole);
     }
     return;
+  }
+  if constexpr (kSteps<E> == 1) {
+    if (b.stride0 == 1) {
+      const T* end = data + (columns - 1) * b.stride1 + k;
+      return transpose(out, kStripe, data, b.stride1, columns, k, end);
+    }
   }
   for (int64_t j = 0; j < columns; ++j) {
     const T* column = data + j * b.stride1;
@@ -104,6 +112,13 @@ static void product_block(const CpuProductParams& p, int64_t row, int64_t stripe
   using E = Operand<T>;
   const int64_t rows = std::min(kRowBlock, p.m - row), elements = num_elements<E>(p.k);
   const int64_t width = (stripe_end - stripe_begin) * kStripe;
+  const int64_t first = stripe_begin * kStripe, columns = std::min(width, p.n - first);
+  T* const c = static_cast<T*>(p.c) + row * p.row_stride_c + first;
+  // Floats in whole stripes are summed where they will lie. (All stripes or none: a sum must not
+  // depend on how they are shared out among threads.)
+  const bool in_place = std::is_same_v<T, float> && p.n % kStripe == 0;
+  float* const to = in_place ? reinterpret_cast<float*>(c) : sums;
+  const int64_t to_stride = in_place ? p.row_stride_c : width;
   const bool by_rows = p.a.stride1 == 1, directly = product_reads_a<T>(p.a, p.k);
   const E* packed = static_cast<const E*>(p.packed);
   for (int64_t depth = 0; depth < elements; depth += kDepthBlock) {
@@ -119,18 +134,18 @@ static void product_block(const CpuProductParams& p, int64_t row, int64_t stripe
     for (int64_t stripe = stripe_begin; stripe < stripe_end; ++stripe) {
       block_gemm<E>(rows, kStripe, depths, a, row_stride, by_rows ? 1 : rows,
                     packed + (stripe * elements + depth) * kStripe, kStripe,
-                    sums + (stripe - stripe_begin) * kStripe, width, depth > 0);
+                    to + (stripe - stripe_begin) * kStripe, to_stride,
+                    depth > 0 || (in_place && p.accumulate));
     }
   }
-  const int64_t first = stripe_begin * kStripe;
-  const int64_t columns = std::min(width, p.n - first);
+  if (in_place) return;
   for (int64_t i = 0; i < rows; ++i) {
-    T* c = static_cast<T*>(p.c) + (row + i) * p.row_stride_c + first;
+    T* row_of_c = c + i * p.row_stride_c;
     const float* sum = sums + i * width;
     if (p.accumulate) {
-      for (int64_t j = 0; j < columns; ++j) c[j] = store<T>(load(c[j]) + sum[j]);
+      for (int64_t j = 0; j < columns; ++j) row_of_c[j] = store<T>(load(row_of_c[j]) + sum[j]);
     } else {
-      for (int64_t j = 0; j < columns; ++j) c[j] = store<T>(sum[j]);
+      for (int64_t j = 0; j < columns; ++j) row_of_c[j] = store<T>(sum[j]);
     }
   }
 }

@@ -61,4 +61,24 @@ inline std::vector<LstmStep> lstm_steps(const char* op, const at::Tensor& input,
   return steps;
 }
 
+// Bounds of at most `parts` ranges of neighbouring rows of the batch that have about as many steps
+// each: rows have different ones where the sequences have different lengths.
+inline std::vector<int64_t> split_batch(const std::vector<LstmStep>& steps, int64_t batch,
+                                        int64_t parts) {
+  std::vector<int64_t> longer(batch + 1);  // [n]: the steps of n rows or more
+  for (const LstmStep& step : steps) ++longer[step.rows];
+  for (int64_t n = batch; n > 0; --n) longer[n - 1] += longer[n];
+  int64_t total = 0, done = 0;
+  for (const LstmStep& step : steps) total += step.rows;
+
+  std::vector<int64_t> bounds{0};
+  for (int64_t row = 0; row < batch && done < total; ++row) {
+    done += longer[row + 1];
+    if (done * parts >= total * static_cast<int64_t>(bounds.size())) bounds.push_back(row + 1);
+  }
+  if (bounds.size() == 1) bounds.push_back(batch);
+  bounds.back() = batch;
+  return bounds;
+}
+
 }  // namespace fused
