@@ -350,7 +350,8 @@ static Longest longest_decoded(const AttentionProblem& p) {
             static_cast<int32_t>(num_tile_slots(p, false, kChunk<A>))};
   }
   Longest longest{};
-  for (int32_t index = 0; index <= p.num_sequences; ++index) {
+  const auto sequences = static_cast<int32_t>(num_sequences_and_rest(p));
+  for (int32_t index = 0; index < sequences; ++index) {
     const Sequence sequence = sequence_of(p, index);
     if (!is_decoded(sequence)) continue;
     longest.queries = std::max(longest.queries, sequence.seqlen_q);

@@ -337,9 +337,8 @@ template <typename T, int kRows>
 Status launch_split(const AttentionForwardParams& p, Stream stream) {
   const int64_t blocks = int64_t{p.batch} * p.num_heads_kv * num_tile_slots(p, false, kSplitKeys) *
                          ((num_split_rows(p) + kRows - 1) / kRows);
-  // Behind the last packed sequence may be rows that are none's.
-  const int64_t sequences = num_sequences_and_rest(p);
-  const int64_t merge_blocks = sequences * p.num_heads * std::min(p.seqlen_q, kFewQueries);
+  const int64_t merge_blocks =
+      num_sequences_and_rest(p) * p.num_heads * std::min(p.seqlen_q, kFewQueries);
   if (blocks > INT32_MAX || merge_blocks > INT32_MAX) {
     return "the problem needs 2^31 blocks or more";
   }
