@@ -152,15 +152,20 @@ def test_a_hidden_nan_has_no_gradient_through_a_softcap(backend: torch.device) -
     assert grad.isfinite().all() and (grad[..., 4, :] == 0).all()
 
 
+# Of so many queries that they run by each kernel there is: split or decoded, in tiles, and, in
+# float16, by tensor cores.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@pytest.mark.parametrize("queries", [2, 40])
 @pytest.mark.parametrize("where", ["query", "mask", "sink"])
 def test_a_row_with_a_score_of_infinity_is_nan_and_no_other(
-    where: str, backend: torch.device
+    where: str, queries: int, dtype: torch.dtype, backend: torch.device
 ) -> None:
-    q, k, v = torch.rand(3, 1, 2, 6, 4, device=backend).unbind()
-    mask, sink = torch.zeros(2, 6, 1, device=backend), torch.zeros(2, device=backend)
+    q = torch.rand(1, 2, queries, 8, device=backend).to(dtype)
+    k, v = torch.rand(2, 1, 2, 300, 8, device=backend).to(dtype).unbind()
+    mask, sink = torch.zeros(2, queries, 1, device=backend), torch.zeros(2, device=backend)
     {"query": q[0, 1], "mask": mask[1], "sink": sink}[where][1] = torch.inf
     out, lse = scaled_dot_product_attention(q, k, v, mask, sink=sink, return_lse=True)
-    expected = torch.zeros(1, 2, 6, dtype=torch.bool, device=backend)
+    expected = torch.zeros(1, 2, queries, dtype=torch.bool, device=backend)
     expected[0, 1, slice(None) if where == "sink" else 1] = True
     assert torch.equal(lse.isnan(), expected) and not lse.isinf().any()
     assert torch.equal(out.isnan().all(-1), expected) and torch.equal(out.isnan().any(-1), expected)
