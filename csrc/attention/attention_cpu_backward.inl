@@ -82,20 +82,20 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
   const TileForms<E> q_tile = forms(q, scratch.q_columns.data(), scratch.q_rows.data());
   const TileForms<E> grad_out_tile =
       forms(grad_out, scratch.grad_out_columns.data(), scratch.grad_out_rows.data());
-  tile_weights(p, h.band, tile, q_tile.over_columns, grad_out_tile.over_columns,
+  const TileBlocks blocks = seen_blocks<Accumulator<T>>(h.band, tile);
+  tile_weights(p, h.band, tile, blocks, q_tile.over_columns, grad_out_tile.over_columns,
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
   Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
   if (p.softcap != 0) multiply_by_slopes(rows, scratch.weights.slopes.data(), dots);
   if (h.wants_kv) {
-    accumulate(grad_out_tile.over_rows, rows,
-               weights_over_rows(scores, rows, scratch.elements.data()), keys.rows, p.head_dim_v,
-               scratch.grad_v.data());
-    accumulate(q_tile.over_rows, rows, weights_over_rows(dots, rows, scratch.elements.data()),
-               keys.rows, p.head_dim, scratch.grad_k.data());
+    accumulate(grad_out_tile.over_rows, weights_over_rows(scores, rows, scratch.elements.data()),
+               blocks, p.head_dim_v, scratch.grad_v.data());
+    accumulate(q_tile.over_rows, weights_over_rows(dots, rows, scratch.elements.data()), blocks,
+               p.head_dim, scratch.grad_k.data());
   }
   if (maybe_grad_q != nullptr) {
-    accumulate_rows(weights_over_lanes(dots, rows, scratch.elements.data()), rows, keys.k_rows,
-                    keys.rows, p.head_dim, maybe_grad_q);
+    accumulate_rows(weights_over_lanes(dots, rows, scratch.elements.data()), keys.k_rows, blocks,
+                    p.head_dim, maybe_grad_q);
   }
 }
 

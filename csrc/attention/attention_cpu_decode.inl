@@ -263,7 +263,8 @@ struct DecodePass {
     if (rows > kRowsOfDots) {
       pack_lanes(over_columns(k, 0, count, buffer.data()), count, num_elements<E>(p.head_dim),
                  k_lanes.data());
-      pair_products({q.data(), q_stride}, rows, k_lanes.data(), count, p.head_dim, pairs);
+      pair_products({q.data(), q_stride}, k_lanes.data(), whole_tile(rows, count), p.head_dim,
+                    pairs);
       return;
     }
     for (int32_t r = 0; r < rows; ++r) {
@@ -275,8 +276,9 @@ struct DecodePass {
   void weigh(const HeadMatrix<T>& v, int32_t count, int32_t rows, const A* weights, int64_t stride,
              A* result) const {
     if (rows > kRowsOfDots) {
-      accumulate_rows(weights_over_lanes(weights, rows, elements.data()), rows,
-                      over_rows(v, 0, count, buffer.data()), count, p.head_dim_v, result);
+      accumulate_rows(weights_over_lanes(weights, rows, elements.data()),
+                      over_rows(v, 0, count, buffer.data()), whole_tile(rows, count), p.head_dim_v,
+                      result);
       return;
     }
     for (int32_t r = 0; r < rows; ++r) {

@@ -163,12 +163,13 @@ struct ForwardPass {
   }
   void step(const Band& band, const TilePlace<true>& place, QueryTile<T>& tile) {
     const int32_t rows = place.other_rows;
-    pair_products(k, rows, tile.q, tile.rows, p.head_dim, scores.data());
+    const TileBlocks blocks = seen_blocks<A>(band, place);
+    pair_products(k, tile.q, blocks, p.head_dim, scores.data());
     final_scores<A>(p, band, place, scores.data(), nullptr);
     softmax_step(tile.rows, rows, p.head_dim_v, scores.data(), tile.max, tile.sum, tile.result);
     multiply_by_dropout(p, place, scores.data());
-    accumulate(v, rows, weights_over_rows(scores.data(), rows, weights.data()), tile.rows,
-               p.head_dim_v, tile.result);
+    accumulate(v, weights_over_rows(scores.data(), rows, weights.data()), blocks, p.head_dim_v,
+               tile.result);
   }
   void finish(const Sequence& sequence, int32_t head, const QueryTile<T>& tile) {
     RowEnd<A> ends[kOwnRows<A>];

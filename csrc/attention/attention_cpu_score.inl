@@ -188,13 +188,9 @@ static void mask_tile(const AttentionMask& mask, const TilePlace<kOwnsQueries>& 
 template <typename A, bool kOwnsQueries>
 static void band_lanes(const Band& band, const TilePlace<kOwnsQueries>& tile, int32_t j,
                        A* scores) {
-  const int32_t other = tile.other_row + j;
-  const Range visible = kOwnsQueries ? rows_seeing(tile.sequence, band, other, other)
-                                     : keys_seen_by(tile.sequence, band, other, other);
-  const int32_t begin = std::clamp(visible.begin - tile.own_row, 0, tile.own_rows);
-  const int32_t end = std::clamp(visible.end - tile.own_row, begin, tile.own_rows);
-  std::fill(scores, scores + begin, kHiddenScore<A>);
-  std::fill(scores + end, scores + tile.own_rows, kHiddenScore<A>);
+  const Range lanes = lanes_seen(band, tile, j, j);
+  std::fill(scores, scores + lanes.begin, kHiddenScore<A>);
+  std::fill(scores + lanes.end, scores + tile.own_rows, kHiddenScore<A>);
 }
 
 // Turns the products q . k in `scores` into final scores, and gives their derivatives by the scaled

@@ -113,7 +113,8 @@ class ScoreGradientSums {
         const TilePlace<true> tile{sequence, head, row,
                                    rows,     key,  std::min(kOtherRows, sequence.seqlen_k - key)};
         if (mask_hides<A>(p.mask, tile)) continue;
-        tile_weights(p, band, tile, over_columns(k, key, tile.other_rows, buffer.data()),
+        tile_weights(p, band, tile, seen_blocks<A>(band, tile),
+                     over_columns(k, key, tile.other_rows, buffer.data()),
                      over_columns(v, key, tile.other_rows, buffer_v.data()), own.data(),
                      own_v.data(), weights);
         add_tile(p, band, tile, by_distance, weights.dots.data(), sums.data());

@@ -53,13 +53,14 @@ struct TangentPass {
   }
 
   // The scores of a tile and their tangents, which are zero where the score is hidden.
-  void make_scores(const Band& band, const TilePlace<true>& place, const QueryTile<T>& tile) {
+  void make_scores(const Band& band, const TilePlace<true>& place, const TileBlocks& blocks,
+                   const QueryTile<T>& tile) {
     const int32_t rows = place.other_rows;
     A *score = scores.data(), *tangent = tangents.data();
-    pair_products(k, rows, tile.q, tile.rows, p.head_dim, score);
+    pair_products(k, tile.q, blocks, p.head_dim, score);
     const bool has_q = p.tangents.q != nullptr, has_k = p.tangents.k != nullptr;
-    if (has_q) pair_products(k, rows, tangent_lanes(tile), tile.rows, p.head_dim, tangent);
-    if (has_k) pair_products(k_tangent, rows, tile.q, tile.rows, p.head_dim, tangent, has_q);
+    if (has_q) pair_products(k, tangent_lanes(tile), blocks, p.head_dim, tangent);
+    if (has_k) pair_products(k_tangent, tile.q, blocks, p.head_dim, tangent, has_q);
     if (!has_q && !has_k) std::fill_n(tangent, rows * kRows, A(0));
     final_scores<A>(p, band, place, score, slopes.data());
     if (p.softcap != 0) multiply_by_slopes(rows, slopes.data(), tangent);
@@ -116,18 +117,19 @@ struct TangentPass {
   void step(const Band& band, const TilePlace<true>& place, QueryTile<T>& tile) {
     const int32_t rows = place.other_rows;
     A *weight = scores.data(), *tangent = tangents.data();
-    make_scores(band, place, tile);
+    const TileBlocks blocks = seen_blocks<A>(band, place);
+    make_scores(band, place, blocks, tile);
     softmax_step(tile.rows, rows, rescaled_columns(p), weight, tile.max, tile.sum, tile.result);
     move_mean(rows, weight, tile, tangent);
     multiply_by_dropout(p, place, weight);
     const E* kept = weights_over_rows(weight, rows, weights.data());
-    accumulate(v, rows, kept, tile.rows, p.head_dim_v, tile.result);
+    accumulate(v, kept, blocks, p.head_dim_v, tile.result);
     if (p.tangents.v != nullptr) {
-      accumulate(v_tangent, rows, kept, tile.rows, p.head_dim_v, tangent_sums(tile));
+      accumulate(v_tangent, kept, blocks, p.head_dim_v, tangent_sums(tile));
     }
 #pragma omp simd
     for (int32_t i = 0; i < rows * kRows; ++i) tangent[i] *= weight[i];
-    accumulate(v, rows, weights_over_rows(tangent, rows, weights.data()), tile.rows, p.head_dim_v,
+    accumulate(v, weights_over_rows(tangent, rows, weights.data()), blocks, p.head_dim_v,
                tangent_sums(tile));
   }
 

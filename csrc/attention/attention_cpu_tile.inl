@@ -1,34 +1,111 @@
 // The tile products of attention on the CPU. Part of attention_cpu.inl.
 
+// Where a tile of the score matrix lies. Lanes are its queries where queries own, else its keys.
+template <bool kOwnsQueries>
+struct TilePlace {
+  const Sequence& sequence;
+  int32_t head, own_row, own_rows, other_row, other_rows;
+
+  int32_t row(int32_t lane, int32_t j) const {
+    return kOwnsQueries ? own_row + lane : other_row + j;
+  }
+  int32_t column(int32_t lane, int32_t j) const {
+    return kOwnsQueries ? other_row + j : own_row + lane;
+  }
+};
+
+// What of a tile its products are made of: blocks of rows of the other operand, each with the lanes
+// that any of them sees. Where the band hides nothing that is one block, the tile; on a diagonal it
+// is five eighths of the tile.
+struct TileBlocks {
+  struct Block {
+    int32_t row, rows, lane, lanes;
+  };
+  static constexpr int32_t kRows = 16;
+
+  const Block* begin() const { return blocks; }
+  const Block* end() const { return blocks + count; }
+
+  int32_t count;
+  Block blocks[kOtherRows / kRows];
+};
+
+static inline TileBlocks whole_tile(int32_t other_rows, int32_t own_rows) {
+  return {1, {{0, other_rows, 0, own_rows}}};
+}
+
+// The lanes of a tile that see any of its other rows first .. last, or are seen by them.
+template <bool kOwnsQueries>
+static Range lanes_seen(const Band& band, const TilePlace<kOwnsQueries>& tile, int32_t first,
+                        int32_t last) {
+  const int32_t other = tile.other_row;
+  const Range seen = kOwnsQueries ? rows_seeing(tile.sequence, band, other + first, other + last)
+                                  : keys_seen_by(tile.sequence, band, other + first, other + last);
+  const int32_t begin = std::clamp(seen.begin - tile.own_row, 0, tile.own_rows);
+  return {begin, std::clamp(seen.end - tile.own_row, begin, tile.own_rows)};
+}
+
+// In whole vectors of lanes.
+template <typename A, bool kOwnsQueries>
+static TileBlocks seen_blocks(const Band& band, const TilePlace<kOwnsQueries>& tile) {
+  constexpr auto kLane = static_cast<int32_t>(kLanes<A>);
+  TileBlocks result{};
+  for (int32_t row = 0; row < tile.other_rows; row += TileBlocks::kRows) {
+    const int32_t rows = std::min(TileBlocks::kRows, tile.other_rows - row);
+    const Range lanes = lanes_seen(band, tile, row, row + rows - 1);
+    if (lanes.begin == lanes.end) continue;
+    const int32_t lane = lanes.begin / kLane * kLane, count = lanes.end - lane;
+    TileBlocks::Block* last = result.count > 0 ? &result.blocks[result.count - 1] : nullptr;
+    if (last != nullptr && last->row + last->rows == row && last->lane == lane &&
+        last->lanes == count) {
+      last->rows += rows;
+    } else {
+      result.blocks[result.count++] = {row, rows, lane, count};
+    }
+  }
+  return result;
+}
+
 // pairs[j][i] = other[j] . own[i], where own holds lanes, or what is added to them. Long rows are
 // added up in parts, which loses fewer digits.
 template <typename E>
-static void pair_products(const TileRows<E>& other, int32_t other_rows, const E* own,
-                          int32_t own_rows, int32_t columns, ProductSum<E>* pairs,
-                          bool adds = false) {
+static void pair_products(const TileRows<E>& other, const E* own, const TileBlocks& blocks,
+                          int32_t columns, ProductSum<E>* pairs, bool adds = false) {
   constexpr int32_t kPart = 128;
   const int32_t elements = num_elements<E>(columns);
-  for (int32_t first = 0; first < elements; first += kPart) {
-    block_gemm<E>(other_rows, own_rows, std::min(kPart, elements - first), other.data + first,
-                  other.row_stride, 1, own + first * kOwnRows<E>, kOwnRows<E>, pairs, kOwnRows<E>,
-                  adds || first > 0);
+  for (const auto& [row, rows, lane, lanes] : blocks) {
+    for (int32_t first = 0; first < elements; first += kPart) {
+      block_gemm<E>(rows, lanes, std::min(kPart, elements - first),
+                    other.data + row * other.row_stride + first, other.row_stride, 1,
+                    own + first * kOwnRows<E> + lane, kOwnRows<E>, pairs + row * kOwnRows<E> + lane,
+                    kOwnRows<E>, adds || first > 0);
+    }
   }
 }
 
 // result[d][i] += sum_j values[j][d] * weights[j][i].
 template <typename E>
-static void accumulate(const TileRows<E>& values, int32_t value_rows, const E* weights,
-                       int32_t own_rows, int32_t columns, ProductSum<E>* result) {
-  block_gemm<E>(columns, own_rows, num_elements<E>(value_rows), values.data, 1, values.row_stride,
-                weights, kOwnRows<E>, result, kOwnRows<E>, true);
+static void accumulate(const TileRows<E>& values, const E* weights, const TileBlocks& blocks,
+                       int32_t columns, ProductSum<E>* result) {
+  for (const auto& [row, rows, lane, lanes] : blocks) {
+    const int64_t first = row / kSteps<E>;
+    block_gemm<E>(columns, lanes, num_elements<E>(rows), values.data + first * values.row_stride, 1,
+                  values.row_stride, weights + first * kOwnRows<E> + lane, kOwnRows<E>,
+                  result + lane, kOwnRows<E>, true);
+  }
 }
 
 // result[j][d] += sum_i weights[j][i] * own[i][d].
 template <typename E>
-static void accumulate_rows(const TileRows<E>& weights, int32_t other_rows, const TileRows<E>& own,
-                            int32_t own_rows, int32_t columns, ProductSum<E>* result) {
-  block_gemm<E>(other_rows, columns, num_elements<E>(own_rows), weights.data, weights.row_stride, 1,
-                own.data, own.row_stride, result, padded<E>(columns), true);
+static void accumulate_rows(const TileRows<E>& weights, const TileRows<E>& own,
+                            const TileBlocks& blocks, int32_t columns, ProductSum<E>* result) {
+  for (const auto& [row, rows, lane, lanes] : blocks) {
+    const int64_t first = lane / kSteps<E>;
+    block_gemm<E>(rows, columns, num_elements<E>(lanes),
+                  weights.data + row * weights.row_stride + first, weights.row_stride, 1,
+                  own.data + first * own.row_stride, own.row_stride,
+                  result + row * padded<E>(columns), padded<E>(columns), true);
+  }
 }
 
 // row[d] = factor * from[d].
@@ -48,17 +125,3 @@ static void store_lanes(const A* lanes, const A* row_scale, int32_t rows, int32_
     store_row(buffer + i * stride, row_scale[i], columns, result + i * row_stride);
   }
 }
-
-// Where a tile of the score matrix lies. Lanes are its queries where queries own, else its keys.
-template <bool kOwnsQueries>
-struct TilePlace {
-  const Sequence& sequence;
-  int32_t head, own_row, own_rows, other_row, other_rows;
-
-  int32_t row(int32_t lane, int32_t j) const {
-    return kOwnsQueries ? own_row + lane : other_row + j;
-  }
-  int32_t column(int32_t lane, int32_t j) const {
-    return kOwnsQueries ? other_row + j : own_row + lane;
-  }
-};

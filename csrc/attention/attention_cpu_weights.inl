@@ -117,12 +117,12 @@ struct WeightsTile {
 // Fills a tile from its owner's lanes and the others' rows: q and grad_out, or k and v.
 template <typename E, typename A, bool kOwnsQueries>
 static void tile_weights(const AttentionBackwardParams& p, const Band& band,
-                         const TilePlace<kOwnsQueries>& tile, const TileRows<E>& other,
-                         const TileRows<E>& other_v, const E* own, const E* own_v,
-                         const WeightsTile<A>& weights) {
+                         const TilePlace<kOwnsQueries>& tile, const TileBlocks& blocks,
+                         const TileRows<E>& other, const TileRows<E>& other_v, const E* own,
+                         const E* own_v, const WeightsTile<A>& weights) {
   A *scores = weights.scores.data(), *dots = weights.dots.data();
-  pair_products(other, tile.other_rows, own, tile.own_rows, p.head_dim, scores);
-  pair_products(other_v, tile.other_rows, own_v, tile.own_rows, p.head_dim_v, dots);
+  pair_products(other, own, blocks, p.head_dim, scores);
+  pair_products(other_v, own_v, blocks, p.head_dim_v, dots);
   final_scores(p, band, tile, scores, weights.slopes.data());
   backward_weights(p, tile, scores, dots);
 }
