@@ -60,20 +60,21 @@ static inline VectorOf<double>::type softmax_exp(const VectorOf<double>::type& x
   return result;
 }
 
-// exp(x) to be added to 1, by half of vector_exp's instructions: below -87 it stays what it is
-// there, above 88.3 it is infinity. The polynomial is softmax_exp's.
+// exp(x) to be added to 1, by half of vector_exp's instructions: below -87 it stays as small as it
+// is there. The polynomial is twice softmax_exp's and the scale half of it: 2^128 would be
+// infinity.
 static inline float exp_beside_one(float x) {
   const float clamped = x < -87.0f ? -87.0f : (x > 89.0f ? 89.0f : x);
   const float rounded = clamped * 1.44269504088896341f + 12582912.0f;
   const float n = rounded - 12582912.0f;
   const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = r * 1.38145965e-3f + 8.36871751e-3f;
-  p = p * r + 4.16683890e-2f;
-  p = p * r + 1.66665211e-1f;
-  p = p * r + 0.5f;
+  float p = r * 2.76291930e-3f + 1.673743502e-2f;
+  p = p * r + 8.33367780e-2f;
+  p = p * r + 3.33330422e-1f;
   p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const uint32_t scale = (detail::bit_cast<uint32_t>(rounded) << 23) + 0x3f800000u;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  const uint32_t scale = (detail::bit_cast<uint32_t>(rounded) << 23) + 0x3f000000u;
   return p * detail::bit_cast<float>(scale);
 }
 static inline double exp_beside_one(double x) { return std::exp(x); }

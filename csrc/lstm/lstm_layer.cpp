@@ -18,9 +18,15 @@
 namespace fused {
 namespace {
 
-// Row `row` of a contiguous matrix, for a kernel.
+// Row `row` of a contiguous matrix, for a kernel: to be written, or only to be read. Reading leaves
+// a lazily copied tensor as it is, which threads of a parallel region may not have copied.
 void* row_pointer(const at::Tensor& matrix, int64_t row) {
-  return static_cast<char*>(matrix.data_ptr()) + row * matrix.size(1) * matrix.element_size();
+  return static_cast<char*>(matrix.mutable_data_ptr()) +
+         row * matrix.size(1) * matrix.element_size();
+}
+const void* const_row_pointer(const at::Tensor& matrix, int64_t row) {
+  return static_cast<const char*>(matrix.const_data_ptr()) +
+         row * matrix.size(1) * matrix.element_size();
 }
 
 at::Tensor fresh(const at::Tensor& maybe_initial, const at::Tensor& like) {
@@ -148,7 +154,7 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
       factor_if(has(w_hr) ? std::optional(w_hr->t()) : std::nullopt, rows.size(0));
   const auto run = [&](int64_t first, int64_t last) {
     LstmCellForwardParams p = shared;
-    p.c_prev = row_pointer(c, first);
+    p.c_prev = const_row_pointer(c, first);
     p.c_next = row_pointer(c, first);
     for (const LstmStep& step : steps) {
       const int64_t begin = step.begin + first, rows = std::min(last, step.rows) - first;
@@ -205,21 +211,22 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
       const auto launch = [&](int64_t from, int64_t to, const void* c_prev) {
         if (from >= to) return;
         p.batch = static_cast<int32_t>(to - from);
-        p.gates = row_pointer(gates, step->begin + from);
+        p.gates = const_row_pointer(gates, step->begin + from);
         p.c_prev = c_prev;
-        p.c_next = row_pointer(cells, step->begin + from);
-        p.maybe_grad_h = row_pointer(has(w_hr) ? grad_hidden : grad.h, from);
+        p.c_next = const_row_pointer(cells, step->begin + from);
+        p.maybe_grad_h = const_row_pointer(has(w_hr) ? grad_hidden : grad.h, from);
         p.maybe_grad_output = has(w_hr) || !grad_output.defined()
                                   ? nullptr
-                                  : row_pointer(grad_output, step->begin + from);
-        p.maybe_grad_c = row_pointer(grad.c, from);
+                                  : const_row_pointer(grad_output, step->begin + from);
+        p.maybe_grad_c = const_row_pointer(grad.c, from);
         p.grad_c_prev = row_pointer(grad.c, from);
         p.grad_gates = row_pointer(grad.gates, step->begin + from);
         check_status(op, FUSED_DISPATCH(gates, lstm_cell_backward, p));
       };
       const int64_t end = first + rows, joined = std::max(first, step->continued);
-      launch(first, std::min(end, step->continued), row_pointer(cells, step->previous + first));
-      launch(joined, end, row_pointer(c0, joined));
+      launch(first, std::min(end, step->continued),
+             const_row_pointer(cells, step->previous + first));
+      launch(joined, end, const_row_pointer(c0, joined));
       recurrent.assign({grad.h, first, rows}, {grad.gates, begin, rows});
     }
   };

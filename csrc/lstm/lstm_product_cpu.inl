@@ -2,8 +2,8 @@
 //
 // B is packed as elements of a product, in stripes of the vectors that block_gemm takes at once:
 // [stripe][element of k][columns], zeros behind the last column, so that it is read in order. A is
-// copied to elements block by block unless it is rows of them already; C is summed in floats beside
-// it.
+// copied to elements block by block unless it is rows of them already; C is summed in floats,
+// beside it unless they are its own.
 
 #include "common/transpose.inl"
 
