@@ -76,6 +76,35 @@ def test_the_same_bits_with_any_number_of_threads(
             assert torch.equal(first[name], other), (count, name)
 
 
+# What a NaN that the window hides spreads to, by 0 * NaN, is no matter of threads or of the batch
+# either: one head in parts, or two at a time.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=by_name)
+@pytest.mark.parametrize("window", [(20, 5), (3, 7)], ids=str)
+def test_a_hidden_nan_in_any_number_of_threads(
+    window: tuple[int, int], dtype: torch.dtype, threads: None
+) -> None:
+    q, k, v = torch.rand(3, 1, 1, 600, 16, dtype=dtype).unbind()
+    k[..., 260, :] = k[..., 300, :] = torch.nan
+    results = []
+    for count, batch in ((1, 1), (8, 1), (2, 2)):
+        torch.set_num_threads(count)
+        tensors = [t.repeat(batch, 1, 1, 1) for t in (q, k, v)]
+        results.append(run_fused(tensors, {"window": window}, draw_grads(tensors)))
+    for name, first in results[0].items():
+        for other in results[1:]:
+            assert torch.equal(first.isnan(), other[name][:1].isnan()), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
+def test_a_row_does_not_depend_on_those_that_follow(dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(3, 1, 2, 256, 24).to(dtype).unbind()
+    options = {"is_causal": True, "window": (70, 0)}
+    whole = scaled_dot_product_attention(q, k, v, **options)
+    for rows in (30, 64, 80, 150):
+        part = scaled_dot_product_attention(*(t[..., :rows, :] for t in (q, k, v)), **options)
+        assert torch.equal(part, whole[..., :rows, :]), rows
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=by_name)
 @pytest.mark.parametrize("count", [1, 8])
 def test_a_head_at_a_time_and_in_parts(count: int, dtype: torch.dtype, threads: None) -> None:

@@ -99,7 +99,8 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
   }
 }
 
-// Takes those of the queries `rows` that see any of a tile of keys into it. `maybe_grad_q` begins
+// Takes those of the queries `rows` that see any of a tile of keys into it, in tiles that lie where
+// they do in any task: what a hidden NaN spreads to must not depend on tasks. `maybe_grad_q` begins
 // with the first of `rows`.
 template <typename T>
 static void backward_key_tile(const AttentionBackwardParams& p, const BackwardHead& h,
@@ -107,7 +108,8 @@ static void backward_key_tile(const AttentionBackwardParams& p, const BackwardHe
                               const BackwardScratch<T>& scratch, Accumulator<T>* maybe_grad_q) {
   const Range seeing = rows_seeing(h.sequence, h.band, keys.row, keys.row + keys.rows - 1);
   const int32_t end = std::min(seeing.end, rows.end);
-  for (int32_t row = std::max(seeing.begin, rows.begin); row < end; row += kOtherRows) {
+  const int32_t begin = std::max(seeing.begin / kOtherRows * kOtherRows, rows.begin);
+  for (int32_t row = begin; row < end; row += kOtherRows) {
     backward_step(p, h, keys, row, std::min(row + kOtherRows, end), scratch,
                   maybe_grad_q == nullptr
                       ? nullptr

@@ -199,10 +199,7 @@ static void band_lanes(const Band& band, const TilePlace<kOwnsQueries>& tile, in
 template <typename A, bool kOwnsQueries>
 static void final_scores(const AttentionProblem& p, const Band& band,
                          const TilePlace<kOwnsQueries>& tile, A* scores, A* maybe_slopes) {
-  const int32_t last = tile.other_rows - 1, last_lane = tile.own_rows - 1;
-  // Of the tile's corners, those farthest from the diagonal on either side.
-  const bool all_visible = is_visible(band, tile.row(last_lane, 0), tile.column(last_lane, 0)) &&
-                           is_visible(band, tile.row(0, last), tile.column(0, last));
+  const bool is_cut = band_cuts(band, tile, tile.other_rows, tile.own_rows);
   const A scale = static_cast<A>(p.scale), softcap = static_cast<A>(p.softcap);
   const A* slopes = static_cast<const A*>(p.maybe_alibi_slopes);
 #pragma omp simd
@@ -215,7 +212,7 @@ static void final_scores(const AttentionProblem& p, const Band& band,
     if (slopes != nullptr) alibi_lanes(tile, j, slopes[tile.head], of_other);
   }
   if (p.mask.kind != MaskKind::kNone) mask_tile(p.mask, tile, scores);
-  for (int32_t j = 0; !all_visible && j < tile.other_rows; ++j) {
+  for (int32_t j = 0; is_cut && j < tile.other_rows; ++j) {
     band_lanes(band, tile, j, scores + j * kOwnRows<A>);
   }
 }

@@ -15,8 +15,8 @@ struct TilePlace {
 };
 
 // What of a tile its products are made of: blocks of rows of the other operand, each with the lanes
-// that any of them sees. Where the band hides nothing that is one block, the tile; on a diagonal it
-// is five eighths of the tile.
+// that any of them sees. Where the band hides nothing that is one block, the tile; of 64 by 64 on a
+// diagonal it is five eighths.
 struct TileBlocks {
   struct Block {
     int32_t row, rows, lane, lanes;
@@ -45,23 +45,31 @@ static Range lanes_seen(const Band& band, const TilePlace<kOwnsQueries>& tile, i
   return {begin, std::clamp(seen.end - tile.own_row, begin, tile.own_rows)};
 }
 
-// In whole vectors of lanes.
+// Whether the band hides something of a tile of so many rows and lanes.
+template <bool kOwnsQueries>
+static bool band_cuts(const Band& band, const TilePlace<kOwnsQueries>& tile, int32_t other_rows,
+                      int32_t own_rows) {
+  const int32_t last = other_rows - 1, last_lane = own_rows - 1;
+  // Of the tile's corners, those farthest from the diagonal on either side.
+  return !is_visible(band, tile.row(last_lane, 0), tile.column(last_lane, 0)) ||
+         !is_visible(band, tile.row(0, last), tile.column(0, last));
+}
+
+// Blocks begin with whole vectors of lanes. Whether to make them is asked of a full tile: how a
+// row's sums are cut must not depend on how many rows follow it.
 template <typename A, bool kOwnsQueries>
 static TileBlocks seen_blocks(const Band& band, const TilePlace<kOwnsQueries>& tile) {
+  if (!band_cuts(band, tile, kOtherRows, kOwnRows<A>)) {
+    return whole_tile(tile.other_rows, tile.own_rows);
+  }
   constexpr auto kLane = static_cast<int32_t>(kLanes<A>);
   TileBlocks result{};
   for (int32_t row = 0; row < tile.other_rows; row += TileBlocks::kRows) {
     const int32_t rows = std::min(TileBlocks::kRows, tile.other_rows - row);
     const Range lanes = lanes_seen(band, tile, row, row + rows - 1);
     if (lanes.begin == lanes.end) continue;
-    const int32_t lane = lanes.begin / kLane * kLane, count = lanes.end - lane;
-    TileBlocks::Block* last = result.count > 0 ? &result.blocks[result.count - 1] : nullptr;
-    if (last != nullptr && last->row + last->rows == row && last->lane == lane &&
-        last->lanes == count) {
-      last->rows += rows;
-    } else {
-      result.blocks[result.count++] = {row, rows, lane, count};
-    }
+    const int32_t lane = lanes.begin / kLane * kLane;
+    result.blocks[result.count++] = {row, rows, lane, lanes.end - lane};
   }
   return result;
 }
