@@ -47,6 +47,14 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[Counted]
     record_property(_CHECKED, count.number)
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is the test's to change, and comes back after it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file that a language model can learn something from."""

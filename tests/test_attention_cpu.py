@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,13 +46,6 @@ PACKED_TOKENS = AttentionCase(
     "packed tokens", heads=4, heads_kv=2, lengths=((1, 700), (4, 300), (0, 5), (70, 90), (3, 0)),
     rest=2, is_causal=True, causal_alignment="bottom_right", return_lse=True,
 )  # fmt: skip
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def by_name(case: object) -> str:

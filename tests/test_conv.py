@@ -140,17 +140,15 @@ def test_a_repeated_run_is_bitwise_equal(name: str, backend: torch.device) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_number_of_threads_changes_nothing(case: ConvCase, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_nothing(
+    case: ConvCase, dtype: torch.dtype, threads: None
+) -> None:
     tensors, options = case.make(dtype, "cpu")
     grad_out = draw_grad_out(case, tensors, options)
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            results.append(run(getattr(functional, case.op), tensors, options, grad_out))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run(getattr(functional, case.op), tensors, options, grad_out))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 

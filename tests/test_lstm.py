@@ -218,26 +218,25 @@ OWN_DTYPES = OWN_DTYPES[: 1 if _route.kernels().isa() == "generic" else 3]
 
 @pytest.mark.parametrize("dtype", OWN_DTYPES, ids=str)
 @pytest.mark.parametrize("case", OWN_ROWS, ids=lambda case: case.name)
-def test_the_number_of_threads_changes_nothing(case: LSTMCase, dtype: torch.dtype) -> None:
+def test_the_number_of_threads_changes_nothing(
+    case: LSTMCase, dtype: torch.dtype, threads: None
+) -> None:
     """Threads go through rows or columns of a step together, or through rows of their own."""
     tensors, options = case.make(dtype, "cpu")
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            inputs = leaves(tensors, dtype)
-            outputs = lstm_layer(*inputs, **options)
-            results.append(with_gradients(outputs, inputs, draw_like(outputs)))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 8):
+        torch.set_num_threads(count)
+        inputs = leaves(tensors, dtype)
+        outputs = lstm_layer(*inputs, **options)
+        results.append(with_gradients(outputs, inputs, draw_like(outputs)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("index", range(6))
-def test_lazily_copied_tensors(index: int) -> None:
+def test_lazily_copied_tensors(index: int, threads: None) -> None:
     """Threads of a parallel region may only read them: inputs, and the gradient of the output."""
+    torch.set_num_threads(2)
     tensors, options = LSTMCase("", batch=32, hidden_size=64).make(torch.float32, "cpu")
     tensors = [*tensors[:5], torch.ones(5, 32, 64)]
 
