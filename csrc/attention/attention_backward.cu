@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   const Sequence& sequence = place.sequence;
   const int32_t own_length = kOwnsQueries ? sequence.seqlen_q : sequence.seqlen_k;
   if (place.own_row >= own_length) return;
-  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t group = group_size(p);
   const int32_t head_kv = kOwnsQueries ? place.head / group : place.head;
   const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
   const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
     const int32_t row_end = min(shares.row_tiles.end, num_tiles(sequence.seqlen_q, kOwn));
     const int32_t key_end = min(shares.key_tiles.end, num_tiles(sequence.seqlen_k, kOther));
     for (int32_t head = shares.heads.begin; head < shares.heads.end; ++head) {
-      const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
+      const int32_t head_kv = key_head(p, head);
       const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
       const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);
       const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);

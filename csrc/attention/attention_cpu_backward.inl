@@ -146,7 +146,7 @@ static void store_grad_q(const AttentionBackwardParams& p, const BackwardHead& h
 // other. Between two of them the sums of grad_k and grad_v wait in `sums`.
 template <typename T, typename A = Accumulator<T>>
 static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t group = group_size(p);
   const int64_t k_size = int64_t{kOwnRows<A>} * p.head_dim,
                 v_size = int64_t{kOwnRows<A>} * p.head_dim_v;
   const BackwardScratch<T> scratch(p);
@@ -188,7 +188,7 @@ static void backward_heads(const AttentionBackwardParams& p, int64_t begin, int6
 // Tasks are tiles of keys.
 template <typename T, typename A = Accumulator<T>>
 static void backward_key_tiles(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t group = group_size(p);
   const BackwardScratch<T> scratch(p);
   for (int64_t task = begin; task < end; ++task) {
     const TaskPlace place = task_place(p, false, kOwnRows<A>, task);
@@ -210,7 +210,7 @@ constexpr int32_t kQueriesOfTask = 4 * kOtherRows;
 
 template <typename T, typename A = Accumulator<T>>
 static void backward_queries(const AttentionBackwardParams& p, int64_t begin, int64_t end) {
-  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t group = group_size(p);
   const BackwardScratch<T> scratch(p);
   const int64_t q_size = kQueriesOfTask * padded<A>(p.head_dim);
   const Scratch<A> grad_q(q_size);

@@ -175,7 +175,7 @@ struct DecodePass {
 
   DecodePass(const AttentionForwardParams& params, int32_t most_rows)
       : p(params),
-        group(p.num_heads / p.num_heads_kv),
+        group(group_size(p)),
         q_stride(padded<E>(num_elements<E>(p.head_dim))),
         q(most_rows * q_stride),
         q_numbers(kRowsOfDots * padded<A>(p.head_dim)),
@@ -316,7 +316,7 @@ template <typename T, typename A = Accumulator<T>>
 static void merge_chunks(const AttentionForwardParams& p, const Sequence& sequence, int32_t head,
                          const Partials<A>& partials, int64_t first_task) {
   alignas(64) A result[kMaxHeadDim];
-  const int32_t group = p.num_heads / p.num_heads_kv, chunks = num_chunks<A>(sequence);
+  const int32_t group = group_size(p), chunks = num_chunks<A>(sequence);
   const auto out = query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head);
   for (int32_t row = 0; row < sequence.seqlen_q; ++row) {
     const int32_t row_of_group = head % group * sequence.seqlen_q + row;
@@ -369,7 +369,7 @@ static void decode(const AttentionForwardParams& p) {
   using A = Accumulator<T>;
   const Longest longest = longest_decoded<A>(p);
   if (longest.queries == 0) return;
-  const int32_t group = p.num_heads / p.num_heads_kv, most_rows = group * longest.queries;
+  const int32_t group = group_size(p), most_rows = group * longest.queries;
   const int64_t chunks = num_tile_slots(p, false, kChunk<A>);
   const int64_t tasks = int64_t{p.batch} * p.num_heads_kv * chunks;
   const int64_t kept = longest.chunks > 1 ? tasks : 0;

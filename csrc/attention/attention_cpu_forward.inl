@@ -230,7 +230,7 @@ static void query_tasks(const typename Pass::Params& p, int32_t num_tiles, int64
         const TilePlace<true> place = tiles[t].place(sequence, head, key);
         if (mask_hides<A>(p.mask, place)) continue;
         if (!loaded) {
-          pass.load(sequence, head / (p.num_heads / p.num_heads_kv), key,
+          pass.load(sequence, key_head(p, head), key,
                     std::min(kOtherRows, sequence.seqlen_k - key));
         }
         loaded = true;

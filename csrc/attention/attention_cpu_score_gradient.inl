@@ -91,7 +91,7 @@ class ScoreGradientSums {
   static constexpr int32_t kRows = kOwnRows<A>, kTile = kOtherRows * kRows;
 
   void add_head(const Shares& shares, const Sequence& sequence, int32_t head, bool by_distance) {
-    const int32_t head_kv = head / (p.num_heads / p.num_heads_kv);
+    const int32_t head_kv = key_head(p, head);
     const Band band = visible_band(p, sequence);
     const auto q = query_matrix<T>(p.q, p.q_strides, sequence, head, p.head_dim);
     const auto k = key_matrix<T>(p.k, p.k_strides, sequence, head_kv, p.head_dim);

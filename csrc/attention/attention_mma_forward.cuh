@@ -141,7 +141,7 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
   const MmaPlace place = mma_place<Tile::kOwn>(p, true);
   const Sequence& sequence = place.sequence;
   if (place.own_row >= sequence.seqlen_q || is_split(p, sequence)) return;
-  const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
+  const int32_t head_kv = key_head(p, place.head);
   const auto q = query_matrix<T>(p.q, p.q_strides, sequence, place.head, p.head_dim);
   const auto k = cache_matrix<kPaged, T>(p, p.k, p.k_strides, sequence, head_kv, p.head_dim);
   const auto v = cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, head_kv, p.head_dim_v);

@@ -48,6 +48,14 @@ FUSED_HOST_DEVICE Sequence sequence_of(const AttentionProblem& p, int32_t index)
   return {index, 0, q.begin, k.begin, q.end - q.begin, k.end - k.begin, index == p.num_sequences};
 }
 
+// The query heads that share a key head lie side by side: how many, and the key head of one.
+FUSED_HOST_DEVICE int32_t group_size(const AttentionProblem& p) {
+  return p.num_heads / p.num_heads_kv;
+}
+FUSED_HOST_DEVICE int32_t key_head(const AttentionProblem& p, int32_t head) {
+  return head / group_size(p);
+}
+
 // All that have rows: behind the last packed sequence may be some that are none's.
 FUSED_HOST_DEVICE int64_t num_sequences_and_rest(const AttentionProblem& p) {
   return int64_t{p.num_sequences} + (p.maybe_cu_seqlens_q != nullptr);

@@ -54,7 +54,7 @@ __device__ __forceinline__ SplitPlace split_place(const AttentionProblem& p, int
   place.head_kv = static_cast<int32_t>(head_of_all % p.num_heads_kv);
   place.first_row = static_cast<int32_t>(blockIdx.x % tiles) * rows;
   place.num_rows =
-      has_few_queries(tile.sequence) ? p.num_heads / p.num_heads_kv * tile.sequence.seqlen_q : 0;
+      has_few_queries(tile.sequence) ? group_size(p) * tile.sequence.seqlen_q : 0;
   const Range seen = keys_seen_by(tile.sequence, place.band, 0, tile.sequence.seqlen_q - 1);
   place.keys = {max(seen.begin, tile.row), min(seen.end, tile.row + kSplitKeys)};
   return place;
@@ -68,7 +68,7 @@ struct GroupRow {
 __device__ __forceinline__ GroupRow group_row(const AttentionProblem& p, const SplitPlace& place,
                                               int r) {
   const int32_t row = place.first_row + r, queries = place.sequence.seqlen_q;
-  return {place.head_kv * (p.num_heads / p.num_heads_kv) + row / queries, row % queries,
+  return {place.head_kv * group_size(p) + row / queries, row % queries,
           row < place.num_rows};
 }
 
@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
       sequence_of(p, static_cast<int32_t>(blockIdx.x / most_rows / p.num_heads));
   if (row >= sequence.seqlen_q || !has_few_queries(sequence)) return;
   const Range seen = keys_seen_by(sequence, visible_band(p, sequence), 0, sequence.seqlen_q - 1);
-  const int32_t group = p.num_heads / p.num_heads_kv;
+  const int32_t group = group_size(p);
   const int32_t begin = seen.begin / kSplitKeys;
   const int32_t end = seen.end > seen.begin ? (seen.end - 1) / kSplitKeys + 1 : begin;
   const int64_t stride = int64_t{num_split_rows(p)} * (p.head_dim_v + 2);  // between chunks

@@ -17,7 +17,7 @@ constexpr int32_t kSplitKeys = 128;
 
 // Room for the rows of a sequence in all query heads that share a key head.
 FUSED_HOST_DEVICE int32_t num_split_rows(const AttentionProblem& p) {
-  return p.num_heads / p.num_heads_kv * (p.seqlen_q < kFewQueries ? p.seqlen_q : kFewQueries);
+  return group_size(p) * (p.seqlen_q < kFewQueries ? p.seqlen_q : kFewQueries);
 }
 
 // Elements, of the type of lse, that the forward pass needs as maybe_partials; 0 if it splits

@@ -14,7 +14,7 @@ namespace {
 template <typename T>
 struct Operands {
   __device__ __forceinline__ Operands(const AttentionProblem& p, const BlockPlace& place) {
-    const int32_t head_kv = place.head / (p.num_heads / p.num_heads_kv);
+    const int32_t head_kv = key_head(p, place.head);
     q = query_matrix<T>(p.q, p.q_strides, place.sequence, place.head, p.head_dim);
     k = key_matrix<T>(p.k, p.k_strides, place.sequence, head_kv, p.head_dim);
     v = key_matrix<T>(p.v, p.v_strides, place.sequence, head_kv, p.head_dim_v);

@@ -31,8 +31,8 @@ bool is_ours(const at::Tensor& b, int64_t rows) {
 
 CpuMatrix cpu_matrix(const Rows& rows) {
   const at::Tensor& matrix = rows.matrix;
-  return {static_cast<const char*>(matrix.const_data_ptr()) + rows.byte_offset(), matrix.stride(0),
-          matrix.stride(1), dtype_of("lstm", "weight", matrix)};
+  return {const_row_pointer(matrix, rows.first), matrix.stride(0), matrix.stride(1),
+          dtype_of("lstm", "weight", matrix)};
 }
 
 #endif
@@ -83,8 +83,7 @@ void Factor::add(const Rows& c, const Rows& a) const {
 void Factor::run(const Rows& c, const Rows& a, bool accumulate) const {
 #if !defined(FUSED_EMULATED)
   if (a.count == 0) return;
-  product_cpu({cpu_matrix(a), packed_.const_data_ptr(),
-               static_cast<char*>(c.matrix.mutable_data_ptr()) + c.byte_offset(),
+  product_cpu({cpu_matrix(a), packed_.const_data_ptr(), row_pointer(c.matrix, c.first),
                c.matrix.stride(0), a.count, b_.size(1), b_.size(0), accumulate});
 #else
   (void)c, (void)a, (void)accumulate;

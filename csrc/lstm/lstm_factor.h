@@ -5,13 +5,23 @@
 
 namespace fused {
 
+// Row `row` of a matrix, to be written, or only to be read. Reading leaves a lazily copied tensor as
+// it is, which threads of a parallel region may not have copied.
+inline void* row_pointer(const at::Tensor& matrix, int64_t row) {
+  return static_cast<char*>(matrix.mutable_data_ptr()) +
+         row * matrix.stride(0) * matrix.element_size();
+}
+inline const void* const_row_pointer(const at::Tensor& matrix, int64_t row) {
+  return static_cast<const char*>(matrix.const_data_ptr()) +
+         row * matrix.stride(0) * matrix.element_size();
+}
+
 // Rows [first, first + count) of a matrix.
 struct Rows {
   const at::Tensor& matrix;
   int64_t first, count;
 
   at::Tensor narrow() const { return matrix.narrow(0, first, count); }
-  int64_t byte_offset() const { return first * matrix.stride(0) * matrix.element_size(); }
 };
 
 // The right-hand factor B [k, n] of one product or, as recurrent weights are, of many.

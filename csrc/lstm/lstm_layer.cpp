@@ -18,17 +18,6 @@
 namespace fused {
 namespace {
 
-// Row `row` of a contiguous matrix, for a kernel: to be written, or only to be read. Reading leaves
-// a lazily copied tensor as it is, which threads of a parallel region may not have copied.
-void* row_pointer(const at::Tensor& matrix, int64_t row) {
-  return static_cast<char*>(matrix.mutable_data_ptr()) +
-         row * matrix.size(1) * matrix.element_size();
-}
-const void* const_row_pointer(const at::Tensor& matrix, int64_t row) {
-  return static_cast<const char*>(matrix.const_data_ptr()) +
-         row * matrix.size(1) * matrix.element_size();
-}
-
 at::Tensor fresh(const at::Tensor& maybe_initial, const at::Tensor& like) {
   return maybe_initial.defined() ? maybe_initial.clone(at::MemoryFormat::Contiguous)
                                  : at::zeros(like.sizes(), like.options());
