@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,26 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[Counted]
     record_property(_CHECKED, count.number)
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads is the test's to change, and comes back after it."""
+@contextmanager
+def threads_given_back() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is the test's to change, and comes back after it."""
+    with threads_given_back():
+        yield
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For a module of tensors so small that a second thread only waits for the first."""
+    with threads_given_back():
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -13,14 +13,7 @@ from fused.testing import assert_as_accurate_as_stock
 
 LAYERS = ("stock", "fused")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(name, layers, **options):

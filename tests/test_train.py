@@ -19,14 +19,7 @@ from fused.train.tasks import ConvNetTask, GPTTask, LSTMTask
 
 LAYERS = ("stock", "fused")
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """On tensors this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
