@@ -21,11 +21,20 @@ _CHECKED = "checked"
 _backends = pytest.StashKey[dict[str, str]]()
 
 
+@contextmanager
+def threads_given_back() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """The device of a test's tensors, with the kernels of that backend behind it."""
     if request.param == "emulated":
-        with emulated_cuda():
+        # Threads of PyTorch's that wait for work would keep the emulator's own from running.
+        with threads_given_back(), emulated_cuda():
+            torch.set_num_threads(1)
             yield torch.device("cpu")
     else:
         yield torch.device(request.param)
@@ -46,13 +55,6 @@ def counted(record_property: Callable[[str, object], None]) -> Iterator[Counted]
     count = Counted()
     yield count
     record_property(_CHECKED, count.number)
-
-
-@contextmanager
-def threads_given_back() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

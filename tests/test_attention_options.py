@@ -126,16 +126,14 @@ def test_the_same_bits_again_and_in_any_batch(backend: torch.device) -> None:
         assert torch.equal(together[name][1:2], alone[name]), name
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_same_bits_with_any_number_of_threads() -> None:
     case = dataclasses.replace(EVERYTHING, mask="additive [T]")
     tensors, options = case.make(torch.float32, "cpu")
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run_fused(tensors, options, draw_grads(tensors)))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(run_fused(tensors, options, draw_grads(tensors)))
     for name, first in results[0].items():
         assert all(torch.equal(first, other[name]) for other in results[1:]), name
 

@@ -66,15 +66,13 @@ def test_norm_under_a_gradient_scale(backend: torch.device) -> None:
     assert kernels.total_norm(tensors, scale).item() == kernels.total_norm(tensors).item() / 8
 
 
+@pytest.mark.usefixtures("threads")
 def test_norm_does_not_depend_on_threads() -> None:
     tensors = [*draw(torch.device("cpu")), torch.randn(300_001)]
-    threads, norms = torch.get_num_threads(), set()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            norms.add(_route.kernels().total_norm(tensors).item())
-    finally:
-        torch.set_num_threads(threads)
+    norms = set()
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        norms.add(_route.kernels().total_norm(tensors).item())
     assert len(norms) == 1
 
 

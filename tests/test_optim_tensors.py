@@ -164,24 +164,21 @@ def test_sparse_gradients(backend: torch.device) -> None:
     assert torch.equal(*results)
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("cls", CLASSES)
 def test_threads_change_nothing(cls: type) -> None:
     """Tensors that several threads share, and threads that several tensors share, on the CPU."""
     shapes = [100_003, 5, 65_536, 0, 70_001, 8192]
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            torch.manual_seed(0)
-            params = [leaf(torch.randn(n)) for n in shapes]
-            optimizer = cls(params, **OPTIONS[cls])
-            for step in range(2):
-                set_gradients(params, step)
-                optimizer.step()
-            results.append(params)
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        torch.set_num_threads(count)
+        torch.manual_seed(0)
+        params = [leaf(torch.randn(n)) for n in shapes]
+        optimizer = cls(params, **OPTIONS[cls])
+        for step in range(2):
+            set_gradients(params, step)
+            optimizer.step()
+        results.append(params)
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     assert_all_close(step_both(cls, lambda: [leaf(torch.randn(n)) for n in shapes], steps=2))

@@ -100,16 +100,13 @@ def test_what_is_not_finite_stays_in_its_pair(interleaved: bool, backend: torch.
         assert_as_accurate_as_stock(a, e, e.float())
 
 
+@pytest.mark.usefixtures("threads")
 def test_result_does_not_depend_on_the_threads() -> None:
     (q, k, cos, sin), _ = RotaryCase("", length=700, head_dim=64).make(torch.float32, "cpu")
-    threads = torch.get_num_threads()
-    try:
-        results = []
-        for torch_threads in (1, 2):
-            torch.set_num_threads(torch_threads)
-            results.append(rotary_embedding(q, k, cos, sin))
-    finally:
-        torch.set_num_threads(threads)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(rotary_embedding(q, k, cos, sin))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
