@@ -49,6 +49,7 @@ CASES = [
     AttentionCase("32, -1e9", 1, 1, None, 34, 140, 32, mask="-1e9 [B, 1, 1, T]"),
     AttentionCase("32, lowest", 1, 1, None, 34, 140, 32, mask="lowest [B, 1, 1, T]"),
     AttentionCase("32, scale below 0", 1, 1, None, 34, 70, 32, scale=-0.3),
+    AttentionCase("32, scale of 0 in float", 1, 1, None, 34, 70, 32, scale=1e-50, is_causal=True),
     AttentionCase("64, options", 1, 1, None, 70, 135, 64, mask="bool [S, T]", is_causal=True),
     AttentionCase("96, options", 1, 1, None, 67, 67, 88, mask="blind [S, T]", window=(50, 9)),
     AttentionCase("128, options", 1, 1, None, 67, 70, 128, mask="additive [H, 1, T]"),

@@ -51,8 +51,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_forward(
   if (multiple > 1) {
     const auto [out, lse, row_stats] = attention_forward(
         padded_rows(q, multiple), padded_rows(k, multiple), padded_rows(v, multiple), attn_mask,
-        alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal, params.scale,
-        softcap, window_left, window_right);
+        alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p, is_causal,
+        params.scale.in_double, softcap, window_left, window_right);
     return {unpadded_rows(out, v.size(-1)), lse, row_stats};
   }
   const Results results = make_results(params, q, v.size(-1));
@@ -101,7 +101,7 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
         padded_rows(grad_out_in, multiple), grad_lse_in, padded_rows(q, multiple),
         padded_rows(k, multiple), padded_rows(v, multiple), padded_rows(out_in, multiple),
         row_stats_in, attn_mask, alibi_slopes, sink, rng, cu_seqlens_q, cu_seqlens_k, dropout_p,
-        is_causal, params.scale, softcap, window_left, window_right, needs);
+        is_causal, params.scale.in_double, softcap, window_left, window_right, needs);
     std::get<0>(grads) = unpadded_rows(std::get<0>(grads), q.size(-1));
     std::get<1>(grads) = unpadded_rows(std::get<1>(grads), k.size(-1));
     std::get<2>(grads) = unpadded_rows(std::get<2>(grads), v.size(-1));

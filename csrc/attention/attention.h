@@ -60,6 +60,23 @@ struct AttentionMask {
   DType dtype;  // of an additive mask
 };
 
+// A number in both precisions: no kernel that computes in float shall convert a double, for which
+// most GPUs have a 64th of float's units.
+struct Scalar {
+  template <typename A>
+  FUSED_HOST_DEVICE A as() const {
+    if constexpr (std::is_same_v<A, double>) {
+      return in_double;
+    } else {
+      return in_float;
+    }
+  }
+
+  double in_double;
+  float in_float;
+};
+inline Scalar scalar(double value) { return {value, static_cast<float>(value)}; }
+
 // What the forward and the backward pass share.
 struct AttentionProblem {
   const void* q;  // [B, H, S, D]
@@ -81,9 +98,9 @@ struct AttentionProblem {
   int32_t num_new_keys, page_size, pages_of_sequence;
   int32_t window_left, window_right;  // row i sees the keys around i + T - S; -1: no bound
   uint32_t drop_threshold;  // an element is dropped where its 32 random bits are below this
-  double scale;             // multiplies q . k
-  double softcap;           // 0: none
-  double keep_scale;        // 1 / (1 - dropout_p), 0 where everything is dropped
+  Scalar scale;             // multiplies q . k
+  Scalar softcap;           // 0: none
+  Scalar keep_scale;        // 1 / (1 - dropout_p), 0 where everything is dropped
   bool causal;              // row i sees the keys 0 .. i, as torch aligns it
   bool allow_tf32;          // CUDA kernels may round the factors of float32 products to tf32
   DType dtype;

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   A row_scale[kRowsPerThread];
 #pragma unroll
   for (int r = 0; r < kRowsPerThread; ++r) {
-    row_scale[r] = kGradient == Gradient::kValue ? A(1) : static_cast<A>(p.scale);
+    row_scale[r] = kGradient == Gradient::kValue ? A(1) : p.scale.as<A>();
   }
   T* const data = static_cast<T*>(kGradient == Gradient::kQuery ? p.maybe_grad_q
                                   : kGradient == Gradient::kKey ? p.maybe_grad_k

@@ -86,7 +86,8 @@ static void backward_step(const AttentionBackwardParams& p, const BackwardHead& 
   tile_weights(p, h.band, tile, blocks, q_tile.over_columns, grad_out_tile.over_columns,
                scratch.k_lanes.data(), scratch.v_lanes.data(), scratch.weights);
   Accumulator<T>*scores = scratch.weights.scores.data(), *dots = scratch.weights.dots.data();
-  if (p.softcap != 0) multiply_by_slopes(rows, scratch.weights.slopes.data(), dots);
+  if (p.softcap.as<Accumulator<T>>() != 0)
+    multiply_by_slopes(rows, scratch.weights.slopes.data(), dots);
   if (h.wants_kv) {
     accumulate(grad_out_tile.over_rows, weights_over_rows(scores, rows, scratch.elements.data()),
                blocks, p.head_dim_v, scratch.grad_v.data());
@@ -120,16 +121,17 @@ static void backward_key_tile(const AttentionBackwardParams& p, const BackwardHe
 template <typename T, typename A = Accumulator<T>>
 static void store_grad_kv(const AttentionBackwardParams& p, const BackwardHead& h,
                           const KeyTile<T>& keys, const BackwardScratch<T>& scratch) {
-  const auto store_gradient = [&](const A* gradient, double scale, void* data,
+  const auto store_gradient = [&](const A* gradient, A scale, void* data,
                                   const HeadStrides& strides, int32_t columns) {
     A row_scale[kOwnRows<A>];
-    std::fill_n(row_scale, keys.rows, static_cast<A>(scale));
+    std::fill_n(row_scale, keys.rows, scale);
     T* target = key_rows(static_cast<T*>(data), strides, h.sequence, h.head_kv);
     store_lanes(gradient, row_scale, keys.rows, columns, scratch.out.data(),
                 target + keys.row * strides.row, strides.row);
   };
-  store_gradient(scratch.grad_k.data(), p.scale, p.maybe_grad_k, p.grad_k_strides, p.head_dim);
-  store_gradient(scratch.grad_v.data(), 1.0, p.maybe_grad_v, p.grad_v_strides, p.head_dim_v);
+  store_gradient(scratch.grad_k.data(), p.scale.as<A>(), p.maybe_grad_k, p.grad_k_strides,
+                 p.head_dim);
+  store_gradient(scratch.grad_v.data(), A(1), p.maybe_grad_v, p.grad_v_strides, p.head_dim_v);
 }
 
 template <typename T, typename A = Accumulator<T>>
@@ -137,8 +139,8 @@ static void store_grad_q(const AttentionBackwardParams& p, const BackwardHead& h
                          const A* grad_q) {
   T* target = query_rows(static_cast<T*>(p.maybe_grad_q), p.grad_q_strides, h.sequence, h.head);
   for (int32_t row = rows.begin; row < rows.end; ++row) {
-    store_row(grad_q + (row - rows.begin) * padded<A>(p.head_dim), static_cast<A>(p.scale),
-              p.head_dim, target + row * p.grad_q_strides.row);
+    store_row(grad_q + (row - rows.begin) * padded<A>(p.head_dim), p.scale.as<A>(), p.head_dim,
+              target + row * p.grad_q_strides.row);
   }
 }
 

@@ -200,7 +200,7 @@ template <typename A, bool kOwnsQueries>
 static void final_scores(const AttentionProblem& p, const Band& band,
                          const TilePlace<kOwnsQueries>& tile, A* scores, A* maybe_slopes) {
   const bool is_cut = band_cuts(band, tile, tile.other_rows, tile.own_rows);
-  const A scale = static_cast<A>(p.scale), softcap = static_cast<A>(p.softcap);
+  const A scale = p.scale.as<A>(), softcap = p.softcap.as<A>();
   const A* slopes = static_cast<const A*>(p.maybe_alibi_slopes);
 #pragma omp simd
   for (int32_t i = 0; i < tile.other_rows * kOwnRows<A>; ++i) scores[i] *= scale;

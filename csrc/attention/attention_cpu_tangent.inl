@@ -17,7 +17,7 @@ struct TangentPass {
         weights(kOtherRows * kRows),
         scores(kOtherRows * kRows),
         tangents(kOtherRows * kRows),
-        slopes(p.softcap != 0 ? kOtherRows * kRows : 0),
+        slopes(p.softcap.as<A>() != 0 ? kOtherRows * kRows : 0),
         buffer(tile_size<A>(p.head_dim_v)) {
     std::fill_n(scores.data(), kOtherRows * kRows, A(0));
     std::fill_n(tangents.data(), kOtherRows * kRows, A(0));
@@ -63,7 +63,7 @@ struct TangentPass {
     if (has_k) pair_products(k_tangent, tile.q, blocks, p.head_dim, tangent, has_q);
     if (!has_q && !has_k) std::fill_n(tangent, rows * kRows, A(0));
     final_scores<A>(p, band, place, score, slopes.data());
-    if (p.softcap != 0) multiply_by_slopes(rows, slopes.data(), tangent);
+    if (p.softcap.as<A>() != 0) multiply_by_slopes(rows, slopes.data(), tangent);
     final_scores<A>(p.tangents, band, place, tangent, nullptr);
 #pragma omp simd
     for (int32_t i = 0; i < rows * kRows; ++i) {

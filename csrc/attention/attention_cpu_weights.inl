@@ -107,7 +107,7 @@ struct WeightsTile {
   explicit WeightsTile(const AttentionProblem& p)
       : scores(kOtherRows * kOwnRows<A>),
         dots(kOtherRows * kOwnRows<A>),
-        slopes(p.softcap != 0 ? kOtherRows * kOwnRows<A> : 0) {
+        slopes(p.softcap.as<A>() != 0 ? kOtherRows * kOwnRows<A> : 0) {
     std::fill_n(scores.data(), kOtherRows * kOwnRows<A>, A(0));
     std::fill_n(dots.data(), kOtherRows * kOwnRows<A>, A(0));
   }

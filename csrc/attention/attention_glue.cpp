@@ -43,7 +43,7 @@ void set_dropout(AttentionProblem& problem, double dropout_p,
                     rng.strides());
   problem.maybe_rng = rng.const_data_ptr<int64_t>();
   problem.drop_threshold = static_cast<uint32_t>(std::min(std::ldexp(dropout_p, 32), 4294967295.0));
-  problem.keep_scale = dropout_p == 1 ? 0 : 1 / (1 - dropout_p);
+  problem.keep_scale = scalar(dropout_p == 1 ? 0 : 1 / (1 - dropout_p));
 }
 
 // As cuBLAS decides it for products of float32. Of the context's ways to say so this is the one
@@ -252,10 +252,10 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.maybe_sink = head_values("sink", options.sink, q);
   problem.window_left = window_bound("window_left", options.window_left);
   problem.window_right = window_bound("window_right", options.window_right);
-  problem.scale = options.scale ? *options.scale : 1 / std::sqrt(static_cast<double>(of_q.width));
+  problem.scale = scalar(options.scale.value_or(1 / std::sqrt(static_cast<double>(of_q.width))));
   FUSED_CHECK_VALUE(options.softcap >= 0 && std::isfinite(options.softcap), kOp,
                     ": softcap must be positive and finite, or 0 for none, got ", options.softcap);
-  problem.softcap = options.softcap;
+  problem.softcap = scalar(options.softcap);
   problem.causal = options.is_causal;
   problem.dtype = dtype_of(kOp, "q", q);
   problem.allow_tf32 = problem.dtype == DType::kFloat32 && runs_on_cuda(q) && tf32_allowed();

@@ -39,10 +39,10 @@ Status attention_mma_backward_float32(const AttentionBackwardParams& params, Str
 // Whether these kernels have code for the current device.
 bool attention_mma_compiled();
 
-// What the instances with options are for, beside pages. A scale that is not above 0 leaves the
-// scores in another order than their products.
+// What the instances with options are for, beside pages. A scale that is not above 0, in float,
+// leaves the scores in another order than their products.
 inline bool has_options(const AttentionProblem& p) {
-  return !has_no_score_options(p) || p.maybe_rng != nullptr || !(p.scale > 0);
+  return !has_no_score_options(p) || p.maybe_rng != nullptr || !(p.scale.in_float > 0);
 }
 
 // Calls `visitor(std::integral_constant<int, kDim>{})` for the instance that has room for both head

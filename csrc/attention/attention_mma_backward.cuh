@@ -28,13 +28,14 @@ struct RowTerms {
   float max, inverse_sum, delta;
 };
 
-template <typename T, int kDim, typename Tile>
+template <typename T, int kDim, MmaGradient kGradient, typename Tile>
 struct BackwardMemory {
   // Own rows of q and grad_out, or of k and v; in the end the gradients.
   T own[2][Tile::kOwn * kDim];
   // Other rows of k and v, or of q and grad_out.
   T others[Tile::kStages][2][Tile::kOthers * kDim];
-  RowTerms terms[Tile::kStages][Tile::kOthers];  // where the others are queries
+  // Where the others are queries.
+  RowTerms terms[Tile::kStages][kGradient == MmaGradient::kQuery ? 1 : Tile::kOthers];
 };
 
 // Of a row outside the matrix: weights of 0.
@@ -69,7 +70,7 @@ struct Gradients {
                                         bool whole, const TermsOf& terms_of,
                                         float (&scores)[kM][kN][4],
                                         float (&dots)[kM][kN][4]) const {
-    const float scale = static_cast<float>(p.scale);
+    const float scale = p.scale.in_float;
     for_each_element<kM, kN>([&](int m, int n, int i) {
       const RowTerms terms = terms_of(m, i / 2, n, i % 2);
       // Rounded as in the forward pass, not joined with the difference: the largest is the maximum.
@@ -101,7 +102,7 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
   using Tile = typename Block::Tile;
   constexpr int kM = Block::kM, kN = Block::kN;
   constexpr bool kOwnsQueries = Block::kOwnsQueries;
-  auto& memory = *shared_memory<BackwardMemory<T, kDim, Tile>>();
+  auto& memory = *shared_memory<BackwardMemory<T, kDim, kGradient, Tile>>();
   const MmaPlace place = mma_place<Tile::kOwn>(p, kOwnsQueries);
   const Sequence& sequence = place.sequence;
   const int32_t own_length = kOwnsQueries ? sequence.seqlen_q : sequence.seqlen_k;
@@ -226,7 +227,7 @@ __device__ __forceinline__ void compute_gradients(const AttentionBackwardParams&
   float scale[kM][2], one[kM][2];
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
-    scale[m][0] = scale[m][1] = static_cast<float>(p.scale);
+    scale[m][0] = scale[m][1] = p.scale.in_float;
     one[m][0] = one[m][1] = 1.0f;
   }
   if (Block::kOfScores) {
@@ -259,7 +260,7 @@ Status launch_mma_gradient(const AttentionBackwardParams& p, Stream stream) {
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return launch<kMmaArchitecture>(attention_mma_backward_kernel<T, kDim, kGradient, kOptions>,
                                   dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
-                                  sizeof(BackwardMemory<T, kDim, Tile>), stream, p);
+                                  sizeof(BackwardMemory<T, kDim, kGradient, Tile>), stream, p);
 }
 
 template <typename T, int kDim, bool kOptions>

@@ -35,7 +35,7 @@ struct MmaSoftmax {
 // The kernels without options leave scores as the products q . k: the unit of their scores.
 template <bool kOptions>
 __device__ __forceinline__ float score_unit(const AttentionForwardParams& p) {
-  return kOptions ? 1.0f : static_cast<float>(p.scale);
+  return kOptions ? 1.0f : p.scale.in_float;
 }
 
 // Turns products into scores, for a tile that a border or an option touches.

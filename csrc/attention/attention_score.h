@@ -40,7 +40,7 @@ FUSED_HOST_DEVICE A load_mask(const AttentionMask& mask, int64_t offset) {
 
 // Whether a score is scale * q . k wherever a row sees a key.
 FUSED_HOST_DEVICE bool has_no_score_options(const AttentionProblem& problem) {
-  return problem.softcap == 0 && problem.maybe_alibi_slopes == nullptr &&
+  return problem.softcap.in_double == 0 && problem.maybe_alibi_slopes == nullptr &&
          problem.mask.kind == MaskKind::kNone;
 }
 
@@ -51,10 +51,10 @@ FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Se
                                        const Band& band, int32_t head, int32_t row, int32_t column,
                                        A dot) {
   if (!is_visible(band, row, column)) return {kHiddenScore<A>, A(0)};
-  Score<A> score{dot * static_cast<A>(problem.scale), A(1)};
+  Score<A> score{dot * problem.scale.as<A>(), A(1)};
   if (!kOptions) return score;
-  if (problem.softcap != 0) {
-    const A softcap = static_cast<A>(problem.softcap);
+  const A softcap = problem.softcap.as<A>();
+  if (softcap != 0) {
     score = softcapped(softcap, std::tanh(score.value / softcap));
   }
   if (problem.maybe_alibi_slopes != nullptr) {
@@ -234,7 +234,7 @@ FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, const Sequenc
                         : column % 4 == 1 ? random.y
                         : column % 4 == 2 ? random.z
                                           : random.w;
-  return bits < problem.drop_threshold ? A(0) : static_cast<A>(problem.keep_scale);
+  return bits < problem.drop_threshold ? A(0) : problem.keep_scale.as<A>();
 }
 
 }  // namespace fused

@@ -53,8 +53,7 @@ __device__ __forceinline__ SplitPlace split_place(const AttentionProblem& p, int
   place.band = visible_band(p, tile.sequence);
   place.head_kv = static_cast<int32_t>(head_of_all % p.num_heads_kv);
   place.first_row = static_cast<int32_t>(blockIdx.x % tiles) * rows;
-  place.num_rows =
-      has_few_queries(tile.sequence) ? group_size(p) * tile.sequence.seqlen_q : 0;
+  place.num_rows = has_few_queries(tile.sequence) ? group_size(p) * tile.sequence.seqlen_q : 0;
   const Range seen = keys_seen_by(tile.sequence, place.band, 0, tile.sequence.seqlen_q - 1);
   place.keys = {max(seen.begin, tile.row), min(seen.end, tile.row + kSplitKeys)};
   return place;
@@ -68,8 +67,7 @@ struct GroupRow {
 __device__ __forceinline__ GroupRow group_row(const AttentionProblem& p, const SplitPlace& place,
                                               int r) {
   const int32_t row = place.first_row + r, queries = place.sequence.seqlen_q;
-  return {place.head_kv * group_size(p) + row / queries, row % queries,
-          row < place.num_rows};
+  return {place.head_kv * group_size(p) + row / queries, row % queries, row < place.num_rows};
 }
 
 // Where the share that a chunk of keys has in a row of a group lies: [Dv] sums, the maximum, the

@@ -64,7 +64,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention
 
   AttentionProblem& tangents = params.tangents;
   tangents = params;
-  tangents.softcap = 0;
+  tangents.softcap = scalar(0);
   tangents.mask = {};
   const at::Tensor of_q =
       set_operand("q_tangent", q_tangent, "q", q_in, tangents.q, tangents.q_strides);
