@@ -7,7 +7,8 @@
 // their order (Dao et al., Flash-Decoding, pytorch.org/blog/flash-decoding, 2023).
 //
 // A row of keys or values is read by the fewest lanes, a power of two, that have a pack each; the
-// other lanes of the warp have the next rows.
+// other lanes of the warp have the next rows. Each asks for several packs before it uses one: with
+// one at a time on their way, memory would wait for the threads.
 #include <algorithm>
 
 #include "attention/attention_score.h"
@@ -20,6 +21,10 @@ namespace {
 constexpr int kSplitThreads = 128;
 constexpr int kSplitWarps = kSplitThreads / kWarpSize;
 constexpr int kSplitBlocks = 4;  // of a multiprocessor: for more the compiler would rather spill
+constexpr int kSplitAhead = 4;   // packs of a thread that are on their way together
+// What a warp of the second kernel takes at a time: chunks, and columns of their sums.
+constexpr int kMergeChunks = 16;
+constexpr int kMergeColumns = kSplitThreads, kMergePerLane = kMergeColumns / kWarpSize;
 
 // Sums of a warp are of so many columns at a time.
 template <typename T>
@@ -28,8 +33,7 @@ constexpr int kSplitColumns = kWarpSize * Pack<T>::kSize;
 template <typename T, int kRows>
 struct SplitMemory {
   using A = Accumulator<T>;
-  A q[kRows][kMaxHeadDim];       // zeros behind the head dim
-  A weights[kRows][kSplitKeys];  // the scores, then exp(score - max)
+  A weights[kRows][kSplitKeys];  // the products q . k, then exp(score - max)
   A sums[kSplitWarps][kRows][kSplitColumns<T>];
 };
 
@@ -91,56 +95,95 @@ __device__ __forceinline__ int lanes_of_row(int32_t columns) {
   return lanes;
 }
 
-// One pack of row `row`, from column `column` on. (load_tile has the same in its own words: by a
-// call of this the other kernels would spill.)
+// Whether no row ends within a pack, and all packs are aligned.
 template <typename T, template <typename> class Matrix>
-__device__ __forceinline__ Pack<T> load_part(const Matrix<T>& matrix, bool aligned, int32_t row,
-                                             int32_t column) {
-  const int32_t inside = matrix.columns - column;
-  const T* source = matrix.row(row) + column;
-  return aligned && inside >= Pack<T>::kSize ? load_pack(source) : load_pack_partly(source, inside);
+__device__ __forceinline__ bool is_whole(const Matrix<T>& matrix) {
+  return matrix.is_aligned() && matrix.columns % Pack<T>::kSize == 0;
 }
 
-// memory.weights[r][j] = the score of row first_row + r for key keys.begin + j.
-template <int kRows, typename T, template <typename> class Matrix>
-__device__ __forceinline__ void split_scores(const AttentionForwardParams& p,
-                                             const SplitPlace& place, const Matrix<T>& k,
-                                             SplitMemory<T, kRows>& memory) {
+// One pack of row `row` from column `column` on, which may lie behind the last; zeros if the row
+// does not exist. (load_tile has the same in its own words: by a call of this the other kernels
+// would spill.)
+template <bool kWhole, typename T, template <typename> class Matrix>
+__device__ __forceinline__ Pack<T> load_part(const Matrix<T>& matrix, int32_t row, int32_t column,
+                                             bool exists) {
+  const int32_t inside = exists ? matrix.columns - column : 0;
+  const T* source = matrix.row(row) + column;
+  return kWhole ? load_pack_if(inside > 0, source) : load_pack_partly(source, inside);
+}
+
+// The same of the rows first, first + step, ..., as far as they lie before `end`.
+template <bool kWhole, typename T, template <typename> class Matrix>
+__device__ __forceinline__ void load_ahead(const Matrix<T>& matrix, int32_t first, int32_t step,
+                                           int32_t end, int32_t column,
+                                           Pack<T> (&packs)[kSplitAhead]) {
+#pragma unroll
+  for (int a = 0; a < kSplitAhead; ++a) {
+    const int32_t row = first + a * step;
+    packs[a] = load_part<kWhole>(matrix, row, column, row < end);
+  }
+}
+
+// memory.weights[r][j] = the product of query row first_row + r and key keys.begin + j.
+template <bool kWhole, int kRows, typename T, template <typename> class Matrix>
+__device__ __forceinline__ void split_products(const AttentionForwardParams& p,
+                                               const SplitPlace& place, const Matrix<T>& k,
+                                               SplitMemory<T, kRows>& memory) {
   using A = Accumulator<T>;
   constexpr int kSize = Pack<T>::kSize;
   const int lanes = lanes_of_row<T>(k.columns), lane = threadIdx.x % lanes;
-  const bool aligned = k.is_aligned();
+  const int32_t step = kSplitThreads / lanes, own = static_cast<int32_t>(threadIdx.x) / lanes;
   const int32_t count = place.keys.end - place.keys.begin;
-  // All lanes of a warp go round as often, for the sums below are theirs together.
-  for (int32_t first = 0; first < count; first += kSplitThreads / lanes) {
-    const int32_t j = first + static_cast<int32_t>(threadIdx.x) / lanes;
-    A sums[kRows] = {};
-    for (int32_t column = lane * kSize; j < count && column < k.columns; column += lanes * kSize) {
-      const Pack<T> pack = load_part(k, aligned, place.keys.begin + j, column);
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[r] += memory.q[r][column + e] * load(pack.element[e]);
-      }
-    }
+  // Once but for the widest heads.
+  for (int32_t column = lane * kSize; column - lane * kSize < k.columns; column += lanes * kSize) {
+    A q[kRows][kSize];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-      for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
-        const A other = __shfl_xor_sync(kFullWarp, sums[r], offset);
-        sums[r] += offset < lanes ? other : A(0);
-      }
-      if (j >= count || lane != r % lanes) continue;
       const GroupRow row = group_row(p, place, r);
-      memory.weights[r][j] = row.exists ? final_score(p, place.sequence, place.band, row.head,
-                                                      row.query, place.keys.begin + j, sums[r])
-                                              .value
-                                        : kHiddenScore<A>;
+      const auto of_head = query_matrix<T>(p.q, p.q_strides, place.sequence, row.head, p.head_dim);
+      const Pack<T> pack = load_part<false>(of_head, row.query, column, row.exists);
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) q[r][e] = load(pack.element[e]);
+    }
+    // All lanes of a warp go round as often, for the sums below are theirs together.
+    for (int32_t first = 0; first < count; first += kSplitAhead * step) {
+      Pack<T> packs[kSplitAhead];
+      load_ahead<kWhole>(k, place.keys.begin + first + own, step, place.keys.end, column, packs);
+      A sums[kSplitAhead][kRows] = {};
+#pragma unroll
+      for (int a = 0; a < kSplitAhead; ++a) {
+#pragma unroll
+        for (int e = 0; e < kSize; ++e) {
+          const A element = load(packs[a].element[e]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) sums[a][r] += q[r][e] * element;
+        }
+      }
+      for (int offset = lanes / 2; offset > 0; offset /= 2) {
+#pragma unroll
+        for (int a = 0; a < kSplitAhead; ++a) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) {
+            sums[a][r] += __shfl_xor_sync(kFullWarp, sums[a][r], offset);
+          }
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < kSplitAhead; ++a) {
+        const int32_t j = first + own + a * step;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          if (j >= count || lane != r % lanes) continue;
+          A& product = memory.weights[r][j];
+          product = column == lane * kSize ? sums[a][r] : product + sums[a][r];
+        }
+      }
     }
   }
 }
 
-// Turns the scores of a row into weights, by one warp. Leaves their maximum and sum in `partial`.
+// Turns the products of a row into weights, by one warp. Leaves the largest score and the weights'
+// sum in `partial`.
 template <int kRows, typename T>
 __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
                                               const SplitPlace& place, int r,
@@ -155,7 +198,11 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
     const int32_t j = i * kWarpSize + lane;
-    score[i] = j < count ? memory.weights[r][j] : kHiddenScore<A>;
+    score[i] = j < count && row.exists
+                   ? final_score(p, place.sequence, place.band, row.head, row.query,
+                                 place.keys.begin + j, memory.weights[r][j])
+                         .value
+                   : kHiddenScore<A>;
     max = max_or_nan(max, score[i]);
   }
   max = warp_max(max);
@@ -180,25 +227,32 @@ __device__ __forceinline__ void split_softmax(const AttentionForwardParams& p,
 }
 
 // The sums of weights times values, column by column, into the partials of the block's rows.
-template <int kRows, typename T, template <typename> class Matrix>
+template <bool kWhole, int kRows, typename T, template <typename> class Matrix>
 __device__ __forceinline__ void split_values(const SplitPlace& place, const Matrix<T>& v,
                                              SplitMemory<T, kRows>& memory,
                                              Accumulator<T>* partials) {
   using A = Accumulator<T>;
   constexpr int kSize = Pack<T>::kSize, kColumns = kSplitColumns<T>;
-  const bool aligned = v.is_aligned();
   const int32_t count = place.keys.end - place.keys.begin;
   for (int32_t first = 0; first < v.columns; first += kColumns) {
     const int32_t columns = min(kColumns, v.columns - first);
     const int lanes = lanes_of_row<T>(columns), lane = threadIdx.x % lanes;
+    const int32_t step = kSplitThreads / lanes;
     A sums[kRows][kSize] = {};
-    for (int32_t j = threadIdx.x / lanes; j < count; j += kSplitThreads / lanes) {
-      const Pack<T> pack = load_part(v, aligned, place.keys.begin + j, first + lane * kSize);
+    for (int32_t j = threadIdx.x / lanes; j < count; j += kSplitAhead * step) {
+      Pack<T> packs[kSplitAhead];
+      load_ahead<kWhole>(v, place.keys.begin + j, step, place.keys.end, first + lane * kSize,
+                         packs);
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const A weight = memory.weights[r][j];
+      for (int a = 0; a < kSplitAhead; ++a) {
+        // Behind the last key are weights of 0, as far as there are any.
+        const int32_t key = min(j + a * step, kSplitKeys - 1);
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sums[r][e] += weight * load(pack.element[e]);
+        for (int r = 0; r < kRows; ++r) {
+          const A weight = memory.weights[r][key];
+#pragma unroll
+          for (int e = 0; e < kSize; ++e) sums[r][e] += weight * load(packs[a].element[e]);
+        }
       }
     }
 #pragma unroll
@@ -243,17 +297,11 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
   const auto v =
       cache_matrix<kPaged, T>(p, p.v, p.v_strides, sequence, place.head_kv, p.head_dim_v);
 
-  for (int r = 0; r < kRows; ++r) {
-    const GroupRow row = group_row(p, place, r);
-    const auto q = query_matrix<T>(p.q, p.q_strides, sequence, row.head, p.head_dim);
-    for (int32_t d = threadIdx.x; d < p.head_dim + Pack<T>::kSize - 1; d += kSplitThreads) {
-      if (d < kMaxHeadDim) {
-        memory.q[r][d] = row.exists && d < p.head_dim ? load(q.row(row.query)[d]) : A(0);
-      }
-    }
+  if (is_whole(k)) {
+    split_products<true>(p, place, k, memory);
+  } else {
+    split_products<false>(p, place, k, memory);
   }
-  __syncthreads();
-  split_scores(p, place, k, memory);
   __syncthreads();
   A* const partials =
       partial_of<A>(p, sequence, place.head_kv, place.keys.begin / kSplitKeys, place.first_row);
@@ -262,17 +310,26 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     split_softmax(p, place, warp, memory, partials + int64_t{warp} * (p.head_dim_v + 2));
   }
   __syncthreads();
-  split_values(place, v, memory, partials);
+  if (is_whole(v)) {
+    split_values<true>(place, v, memory, partials);
+  } else {
+    split_values<false>(place, v, memory, partials);
+  }
 }
 
-// One block for each row of each query head that a sequence may have.
+// Of each warp.
+template <typename A>
+struct MergeMemory {
+  A max[kSplitWarps], sum[kSplitWarps];
+  A results[kSplitWarps][kMergeColumns];
+};
+
+// One block for each row of each query head that a sequence may have. Its warps share the chunks.
 template <typename T>
 __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
     attention_split_merge_kernel(const AttentionForwardParams p) {
   using A = Accumulator<T>;
-  constexpr int kColumns = kMaxHeadDim / kSplitThreads;  // of a thread
-  A* const factors = shared_memory<A>();                 // [kSplitThreads], then their sums
-  A* const sums = factors + kSplitThreads;
+  auto& memory = *shared_memory<MergeMemory<A>>();
   const int32_t most_rows = min(p.seqlen_q, kFewQueries);
   const int32_t row = static_cast<int32_t>(blockIdx.x % most_rows);
   const int32_t head = static_cast<int32_t>(blockIdx.x / most_rows % p.num_heads);
@@ -288,46 +345,63 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
       partial_of<A>(p, sequence, head / group, 0, head % group * sequence.seqlen_q + row);
   const A* const stats = partials + p.head_dim_v;
 
-  A max = kHiddenScore<A>;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  A max = kHiddenScore<A>, sum = 0;
   for (int32_t split = begin + static_cast<int32_t>(threadIdx.x); split < end;
        split += kSplitThreads) {
     max = max_or_nan(max, stats[split * stride]);
   }
   max = warp_max(max);
-  if (threadIdx.x % kWarpSize == 0) factors[threadIdx.x / kWarpSize] = max;
+  if (lane == 0) memory.max[warp] = max;
   __syncthreads();
-  for (int w = 0; w < kSplitWarps; ++w) {
-    max = max_or_nan(max, factors[w]);
-  }
-  const A shift = max == kHiddenScore<A> ? A(0) : max;
-
-  A result[kColumns] = {}, sum = 0;
-  for (int32_t first = begin; first < end; first += kSplitThreads) {
-    __syncthreads();  // everyone is done with what lies there
-    const int32_t split = first + static_cast<int32_t>(threadIdx.x);
-    if (split < end) {
-      factors[threadIdx.x] = exp(stats[split * stride] - shift);
-      sums[threadIdx.x] = stats[split * stride + 1];
-    }
-    __syncthreads();
-    for (int32_t i = 0; i < min(kSplitThreads, end - first); ++i) {
-      sum += factors[i] * sums[i];
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        const int32_t column = c * kSplitThreads + static_cast<int32_t>(threadIdx.x);
-        if (column < p.head_dim_v)
-          result[c] += factors[i] * partials[(first + i) * stride + column];
-      }
-    }
+  for (int w = 0; w < kSplitWarps; ++w) max = max_or_nan(max, memory.max[w]);
+  const A shift = max == kHiddenScore<A> ? A(0) : max;
+  const auto factor_of = [&](int32_t split) { return exp(stats[split * stride] - shift); };
+  for (int32_t split = begin + static_cast<int32_t>(threadIdx.x); split < end;
+       split += kSplitThreads) {
+    sum += factor_of(split) * stats[split * stride + 1];
   }
+  sum = warp_sum(sum);
+  if (lane == 0) memory.sum[warp] = sum;
+  __syncthreads();
+  sum = 0;
+#pragma unroll
+  for (int w = 0; w < kSplitWarps; ++w) sum += memory.sum[w];
   const RowEnd<A> row_end = end_row(p, head, max, sum);
   if (threadIdx.x == 0) store_row_end(p, row_of_all(p, sequence, head, row), row_end);
+
   T* out =
       query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head) + row * p.out_strides.row;
+  for (int32_t column = 0; column < p.head_dim_v; column += kMergeColumns) {
+    A result[kMergePerLane] = {};
+    for (int32_t first = begin + warp * kMergeChunks; first < end;
+         first += kSplitWarps * kMergeChunks) {
+      const int32_t count = min(kMergeChunks, end - first);
+      const A own_factor = lane < count ? factor_of(first + lane) : A(0);
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    const int32_t column = c * kSplitThreads + static_cast<int32_t>(threadIdx.x);
-    if (column < p.head_dim_v) out[column] = store<T>(result[c] * row_end.scale);
+      for (int i = 0; i < kMergeChunks; ++i) {
+        const A factor = __shfl_sync(kFullWarp, own_factor, i);
+        const A* of_chunk = partials + (first + i) * stride + column;
+#pragma unroll
+        for (int c = 0; c < kMergePerLane; ++c) {
+          const int32_t d = c * kWarpSize + lane;
+          const bool exists = i < count && column + d < p.head_dim_v;
+          result[c] += factor * (exists ? of_chunk[d] : A(0));
+        }
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kMergePerLane; ++c) memory.results[warp][c * kWarpSize + lane] = result[c];
+    __syncthreads();
+    const int32_t d = static_cast<int32_t>(threadIdx.x);
+    if (column + d < p.head_dim_v) {
+      A total = 0;
+#pragma unroll
+      for (int w = 0; w < kSplitWarps; ++w) total += memory.results[w][d];
+      out[column + d] = store<T>(total * row_end.scale);
+    }
+    __syncthreads();  // the next columns' results go where these were
   }
 }
 
@@ -346,7 +420,7 @@ Status launch_split(const AttentionForwardParams& p, Stream stream) {
                                sizeof(SplitMemory<T, kRows>), stream, p);
   if (status != nullptr) return status;
   return launch(attention_split_merge_kernel<T>, dim3(static_cast<unsigned>(merge_blocks)),
-                dim3(kSplitThreads), 2 * kSplitThreads * sizeof(Accumulator<T>), stream, p);
+                dim3(kSplitThreads), sizeof(MergeMemory<Accumulator<T>>), stream, p);
 }
 
 }  // namespace

@@ -47,6 +47,17 @@ __device__ __forceinline__ void store_narrowed(T* data, const Accumulator<T>* in
   store_pack(data, pack);
 }
 
+// A pack, or zeros. As words: of 16-bit elements the compiler would put each beside its zero.
+template <typename T>
+__device__ __forceinline__ Pack<T> load_pack_if(bool exists, const T* data) {
+  Pack<uint32_t> words{};
+  static_assert(sizeof(words) == sizeof(Pack<T>));
+  if (exists) words = *reinterpret_cast<const Pack<uint32_t>*>(data);
+  Pack<T> pack;
+  __builtin_memcpy(&pack, &words, sizeof pack);
+  return pack;
+}
+
 // The elements that lie inside, zeros behind them.
 template <typename T>
 __device__ __forceinline__ Pack<T> load_pack_partly(const T* data, int count) {
