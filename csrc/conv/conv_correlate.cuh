@@ -20,7 +20,7 @@ struct CorrelateTiles {
   A weight[kStepDepth][kTileRows + kPad];
   A source[kStepDepth][kTilePixels + kPad];
   PixelEntry pixels[kTilePixels];
-  TapEntry taps[kStepDepth];
+  TapEntry taps[2][kStepDepth];  // of steps by turns
 };
 
 // The elements that a thread carries from global memory into the tiles.
@@ -51,11 +51,12 @@ struct CorrelateLoader {
                          : threadIdx.x % 64 + i / 4 * 64;
   }
 
-  __device__ __forceinline__ void fetch(const Correlation& c, const Tiles& tiles, const T* weight,
-                                        const T* source, int32_t rows) {
+  __device__ __forceinline__ void fetch(const Correlation& c, const Tiles& tiles, int32_t step,
+                                        const T* weight, const T* source, int32_t rows) {
+    const auto& taps = tiles.taps[step % 2];
 #pragma unroll
     for (int i = 0; i < kWeights; ++i) {
-      const int64_t offset = tiles.taps[weight_step(i)].weight;
+      const int64_t offset = taps[weight_step(i)].weight;
       const int row = weight_row(i);
       weights[i] = offset >= 0 && row < rows ? weight[row * c.weight_stride.row + offset] : T{};
     }
@@ -64,7 +65,7 @@ struct CorrelateLoader {
       for (int i = 0; i < kSources; i += 4) {
         // Four channels of one tap: inside together or not at all.
         const PixelEntry& pixel = tiles.pixels[source_pixel(i)];
-        const TapEntry& tap = tiles.taps[source_step(i)];
+        const TapEntry& tap = taps[source_step(i)];
         StoredFour<T> four{};
         if (is_inside(c, pixel, tap)) {
           four = *reinterpret_cast<const StoredFour<T>*>(source + pixel.source + tap.source);
@@ -76,7 +77,7 @@ struct CorrelateLoader {
 #pragma unroll
       for (int i = 0; i < kSources; ++i) {
         const PixelEntry& pixel = tiles.pixels[source_pixel(i)];
-        const TapEntry& tap = tiles.taps[source_step(i)];
+        const TapEntry& tap = taps[source_step(i)];
         sources[i] = is_inside(c, pixel, tap) ? source[pixel.source + tap.source] : T{};
       }
     }
@@ -169,7 +170,10 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 
   for (int i = thread; i < kTilePixels; i += kConvThreads) {
     tiles.pixels[i] = decode_pixel(c, first_pixel + i, num_pixels);
   }
-  if (thread < kStepDepth) tiles.taps[thread] = decode_tap<kChannelsLast>(c, thread, taps);
+  if (thread < 2 * kStepDepth) {
+    tiles.taps[thread / kStepDepth][thread % kStepDepth] =
+        decode_tap<kChannelsLast>(c, thread, taps);
+  }
   __syncthreads();
 
   // Lanes run along pixels or along rows: whichever the destination has side by side.
@@ -178,15 +182,17 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 
   const int my_row = kChannelsLast ? lane : other, my_pixel = kChannelsLast ? other : lane;
   A sums[4][4] = {}, totals[4][4] = {};
   Loader loader;
-  if (steps > 0) loader.fetch(c, tiles, weight, source, rows);
+  if (steps > 0) loader.fetch(c, tiles, 0, weight, source, rows);
   for (int32_t step = 0; step < steps; ++step) {
     __syncthreads();  // the last products and the last fetch have read the tiles
     loader.put(tiles);
-    if (thread < kStepDepth) {
-      tiles.taps[thread] = decode_tap<kChannelsLast>(c, (step + 1) * kStepDepth + thread, taps);
-    }
     __syncthreads();
-    if (step + 1 < steps) loader.fetch(c, tiles, weight, source, rows);
+    // Divisions, for which nobody waits: those taps are fetched two barriers later.
+    if (thread < kStepDepth) {
+      tiles.taps[step % 2][thread] =
+          decode_tap<kChannelsLast>(c, (step + 2) * kStepDepth + thread, taps);
+    }
+    if (step + 1 < steps) loader.fetch(c, tiles, step + 1, weight, source, rows);
     multiply_tiles(tiles.weight, tiles.source, my_row, my_pixel, sums);
     if (step % kStepsInBlock == kStepsInBlock - 1) end_block(sums, totals);
   }
