@@ -169,7 +169,8 @@ def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _layer_gradients(
     ctx: Any, ops: Any, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    tensors, batch_sizes, saved = ctx.saved_tensors[:8], ctx.saved_tensors[8], ctx.saved_tensors[9:]
+    given = ctx.saved_tensors  # once: each time unpacks all of them, which a checkpoint refuses
+    tensors, batch_sizes, saved = given[:8], given[8], given[9:]
     options = (batch_sizes, ctx.reverse)
     if _route.needs_composite_gradients(*grad_outputs):
         inputs = (*tensors, *options)
