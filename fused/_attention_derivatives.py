@@ -321,6 +321,4 @@ def _second_of_tile(
         return _route.composite_gradients(function, inputs, (grad_out, grad_lse), needs=first)
 
     with _route.without_autocast(inputs[0].device.type):
-        return _route.composite_gradients(
-            gradients, inputs, grad_grads, needs=needs, create_graph=False
-        )
+        return _route.composite_gradients(gradients, inputs, grad_grads, needs=needs)

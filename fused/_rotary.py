@@ -97,7 +97,7 @@ def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     if operands:
         tables = _route.composite_gradients(
             rotary_composite, (*operands, cos, sin, *ctx.options), grads,
-            needs=(False, False, *wanted[2:], False, False), create_graph=torch.is_grad_enabled(),
+            needs=(False, False, *wanted[2:], False, False),
         )[2:4]  # fmt: skip
     kept = (grad if want else None for grad, want in zip((*turned, *tables), wanted))
     return (*kept, None, None)

@@ -229,14 +229,14 @@ def composite_gradients(
     grad_outputs: Sequence[Tensor | None],
     *,
     needs: Sequence[bool] | None = None,
-    create_graph: bool = True,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `function(*inputs)`, differentiable again to any order.
+    """The gradients of `function(*inputs)`, with `create_graph=True` differentiable to any order.
 
     For a backward pass that finds `needs_composite_gradients()`. Computes `function`, made of plain
     PyTorch operators, a second time. Returns a gradient, or None, for each input; `needs` says
     which ones are wanted of those that require one.
     """
+    create_graph = torch.is_grad_enabled()  # how the engine passes it on to a backward pass
     with torch.enable_grad():
         # Views, so that inputs which are one and the same tensor get gradients of their own.
         views = [x.view_as(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]

@@ -28,3 +28,4 @@ def test_gradients_in_a_batch(module: nn.Module) -> None:
     one_by_one = [torch.autograd.grad(out, params, g, retain_graph=True) for g in grad_outs]
     for a, b in zip(batched, map(torch.stack, zip(*one_by_one, strict=True)), strict=True):
         torch.testing.assert_close(a, b)
+        assert not a.requires_grad
