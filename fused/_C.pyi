@@ -159,7 +159,6 @@ def lstm_cell_backward(
     c: Tensor,
     w_ih: Tensor,
     w_hh: Tensor,
-    c_next: Tensor,
     gates: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...

@@ -129,18 +129,19 @@ class LSTMCellFunction(torch.autograd.Function):
 
 
 def _setup_cell(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs, *output[1:])
+    # No output: RL loops write the states of ended episodes in place.
+    ctx.save_for_backward(*inputs, output[2])
 
 
 def _cell_gradients(
     ctx: Any, ops: Any, grad_outputs: tuple[Tensor | None, ...]
 ) -> tuple[Tensor | None, ...]:
-    *tensors, c_next, gates = ctx.saved_tensors
+    *tensors, gates = ctx.saved_tensors
     if _route.needs_composite_gradients(*grad_outputs):
         return _route.composite_gradients(lstm_cell_composite, tensors, grad_outputs)
     wanted = ctx.needs_input_grad
     needs = [*wanted[:5], wanted[5] or wanted[6]]
-    grads = ops.lstm_cell_backward(*grad_outputs, *tensors[:5], c_next, gates, needs)
+    grads = ops.lstm_cell_backward(*grad_outputs, *tensors[:5], gates, needs)
     grads = (*grads[:5], grads[5], grads[5])
     return tuple(g if needed else None for g, needed in zip(grads, wanted, strict=True))
 
@@ -239,7 +240,7 @@ def _(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) -> tuple[Ten
 
 @torch.library.register_fake("fused::lstm_cell_backward")
 def _(grad_h_next: Tensor, grad_c_next: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, _, _, needs = inputs
+    *tensors, _, needs = inputs
     input, _, c, *_ = tensors
     grads = [_empty_unless(n, t, *t.shape) for t, n in zip(tensors, needs[:5], strict=True)]
     return (*grads, _empty_unless(needs[5], input, 4 * c.shape[1]))

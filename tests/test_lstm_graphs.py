@@ -147,7 +147,7 @@ def test_opcheck_cell(bias: str) -> None:
     for grads in ((h, c), (h, None), (None, c)):
         for needs in ([True] * 6, [True, False] * 3):
             torch.library.opcheck(
-                torch.ops.fused.lstm_cell_backward, (*grads, *given, c, gates, needs)
+                torch.ops.fused.lstm_cell_backward, (*grads, *given, gates, needs)
             )
 
 

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 import fused
 from fused import _route
+from fused.testing.dispatch import OperatorLog
 
 OURS = {nn.LSTM: fused.LSTM, nn.LSTMCell: fused.LSTMCell}
 SIZES = {"input_size": 3, "hidden_size": 5}
@@ -103,6 +104,26 @@ def test_lstm_cell_is_its_twin(bias: bool, backend: torch.device) -> None:
         input, *state = (torch.randn(*batch, n, dtype=torch.float64) for n in (3, 5, 5))
         assert_same_with_gradients(stock, module, input)
         assert_same_with_gradients(stock, module, input, tuple(state))
+
+
+@pytest.mark.parametrize("twin", OURS)
+def test_new_states_may_be_written_to(twin: type[nn.Module], backend: torch.device) -> None:
+    """As loops of reinforcement learning do, where an episode ended."""
+    kept = torch.tensor([[1.0], [0.0], [0.5]])
+    modules = pair(twin, 3, 5)
+
+    def run(module: nn.Module) -> list[Tensor]:
+        state = None
+        for x in torch.linspace(-1, 1, 18).view(2, 3, 3):
+            h, c = state = tensors_of(module(x if twin is nn.LSTMCell else x[None], state))[-2:]
+            h.mul_(kept), c.mul_(kept)
+        return list(torch.autograd.grad((h * c).sum(), list(module.parameters())))
+
+    expected, actual = map(run, modules)
+    assert_same(actual, expected)
+    with OperatorLog() as log:
+        assert_same(run(modules[1]), expected)
+    assert any(name.startswith("fused.lstm") for name in log.names)
 
 
 @pytest.mark.parametrize("twin, count", [(nn.LSTM, 32), (nn.LSTMCell, 2)])

@@ -41,7 +41,7 @@ TORCH_LIBRARY(fused, m) {
       "Tensor? b_hh) -> (Tensor h_next, Tensor c_next, Tensor gates)");
   m.def(
       "lstm_cell_backward(Tensor? grad_h_next, Tensor? grad_c_next, Tensor input, Tensor h, "
-      "Tensor c, Tensor w_ih, Tensor w_hh, Tensor c_next, Tensor gates, bool[6] needs) -> "
+      "Tensor c, Tensor w_ih, Tensor w_hh, Tensor gates, bool[6] needs) -> "
       "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_w_ih, Tensor grad_w_hh, "
       "Tensor grad_bias)");
   m.def(

@@ -46,13 +46,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
 lstm_cell_backward(const std::optional<at::Tensor>& grad_h_next,
                    const std::optional<at::Tensor>& grad_c_next, const at::Tensor& input,
                    const at::Tensor& h, const at::Tensor& c, const at::Tensor& w_ih,
-                   const at::Tensor& w_hh, const at::Tensor& c_next, const at::Tensor& gates,
-                   std::array<bool, 6> needs) {
+                   const at::Tensor& w_hh, const at::Tensor& gates, std::array<bool, 6> needs) {
   constexpr const char* op = "lstm_cell_backward";
   check_dim(op, "input", input, 2);
   check_lstm_arguments(op, input, h, c, {w_ih, w_hh, std::nullopt, std::nullopt, std::nullopt});
   check_same_batch(op, input, h);
-  check_like_input(op, "c_next", c_next, input, c.sizes());
   check_like_input(op, "gates", gates, input, {c.size(0), 4 * c.size(1)});
   for (const auto& [name, grad] :
        {std::pair("grad_h_next", &grad_h_next), std::pair("grad_c_next", &grad_c_next)}) {
@@ -61,8 +59,7 @@ lstm_cell_backward(const std::optional<at::Tensor>& grad_h_next,
   const PlainProducts plain_products;
   const c10::DeviceGuard device_guard(input.device());
 
-  const at::Tensor c_prev = c.contiguous(), c_after = c_next.contiguous();
-  const at::Tensor activated = gates.contiguous();
+  const at::Tensor c_prev = c.contiguous(), activated = gates.contiguous();
   const at::Tensor grad_h = contiguous_or_undefined(grad_h_next);
   const at::Tensor grad_c = contiguous_or_undefined(grad_c_next);
   at::Tensor grad_gates = at::empty(activated.sizes(), activated.options());
@@ -70,7 +67,6 @@ lstm_cell_backward(const std::optional<at::Tensor>& grad_h_next,
   LstmCellBackwardParams p{};
   p.gates = activated.const_data_ptr();
   p.c_prev = c_prev.const_data_ptr();
-  p.c_next = c_after.const_data_ptr();
   p.maybe_grad_h = pointer_or_null(grad_h);
   p.maybe_grad_c = pointer_or_null(grad_c);
   p.grad_gates = grad_gates.data_ptr();

@@ -38,10 +38,10 @@ static_assert(std::is_trivially_copyable_v<LstmCellForwardParams>);
 // tanh'(c_next):
 //   grad_gates  = (dc g i', dc c_prev f', dc i g', dh tanh(c_next) o')
 //   grad_c_prev = dc f
+// c_next is computed again: what the forward pass returned may have been written to since.
 struct LstmCellBackwardParams {
   const void* gates;              // [B, 4H]: as the forward pass left them
   const void* c_prev;             // [B, H]
-  const void* c_next;             // [B, H]
   const void* maybe_grad_h;       // [B, H]: from the step after this one
   const void* maybe_grad_output;  // [B, H]: from the layer's output, added to grad_h
   const void* maybe_grad_c;       // [B, H]

@@ -21,13 +21,12 @@ __global__ void __launch_bounds__(kLstmThreads)
 
   const int64_t gates = row * 4 * hidden + column;
   const int64_t index = row * hidden + column;
-  A i[N], f[N], g[N], o[N], c_prev[N], c_next[N], grad_h[N], grad_output[N], grad_c[N];
+  A i[N], f[N], g[N], o[N], c_prev[N], grad_h[N], grad_output[N], grad_c[N];
   load_hidden<T, N>(p.gates, gates, i);
   load_hidden<T, N>(p.gates, gates + hidden, f);
   load_hidden<T, N>(p.gates, gates + 2 * hidden, g);
   load_hidden<T, N>(p.gates, gates + 3 * hidden, o);
   load_hidden<T, N>(p.c_prev, index, c_prev);
-  load_hidden<T, N>(p.c_next, index, c_next);
   load_hidden_or_zero<T, N>(p.maybe_grad_h, index, grad_h);
   load_hidden_or_zero<T, N>(p.maybe_grad_output, index, grad_output);
   load_hidden_or_zero<T, N>(p.maybe_grad_c, index, grad_c);
@@ -35,7 +34,7 @@ __global__ void __launch_bounds__(kLstmThreads)
   A grad_i[N], grad_f[N], grad_g[N], grad_o[N];
 #pragma unroll
   for (int n = 0; n < N; ++n) {
-    const A tanh_c = hyperbolic_tangent(c_next[n]);
+    const A tanh_c = hyperbolic_tangent(f[n] * c_prev[n] + i[n] * g[n]);
     const A dh = grad_h[n] + grad_output[n];
     const A dc = grad_c[n] + dh * o[n] * (A(1) - tanh_c * tanh_c);
     grad_i[n] = dc * g[n] * i[n] * (A(1) - i[n]);

@@ -55,7 +55,6 @@ static void lstm_cell_backward_rows(const LstmCellBackwardParams& p, int64_t row
     };
     const T* gates = static_cast<const T*>(p.gates) + row * 4 * hidden;
     const T* c_prev = static_cast<const T*>(p.c_prev) + row * hidden;
-    const T* c_next = static_cast<const T*>(p.c_next) + row * hidden;
     const T* grad_h = row_or_zeros(p.maybe_grad_h);
     const T* grad_output = row_or_zeros(p.maybe_grad_output);
     const T* grad_c = row_or_zeros(p.maybe_grad_c);
@@ -67,7 +66,7 @@ static void lstm_cell_backward_rows(const LstmCellBackwardParams& p, int64_t row
       const A f = load(gates[hidden + j]);
       const A g = load(gates[2 * hidden + j]);
       const A o = load(gates[3 * hidden + j]);
-      const A tanh_c = vector_tanh(load(c_next[j]));
+      const A tanh_c = vector_tanh(f * load(c_prev[j]) + i * g);
       const A dh = load(grad_h[j]) + load(grad_output[j]);
       const A dc = load(grad_c[j]) + dh * o * (A(1) - tanh_c * tanh_c);
       grad_gates[j] = store<T>(dc * g * i * (A(1) - i));

@@ -24,10 +24,10 @@ Status lstm_cell_backward_cuda(const LstmCellBackwardParams& p, Stream stream) {
   return visit_dtype(p.dtype, [&](auto zero) -> Status {
     using T = decltype(zero);
     constexpr int kPack = kLstmPack<T>;
-    const bool packed = p.hidden_size % kPack == 0 &&
-                        on_boundary(kPack * sizeof(T), {p.gates, p.c_prev, p.c_next, p.maybe_grad_h,
-                                                        p.maybe_grad_output, p.maybe_grad_c,
-                                                        p.grad_gates, p.grad_c_prev});
+    const bool packed =
+        p.hidden_size % kPack == 0 &&
+        on_boundary(kPack * sizeof(T), {p.gates, p.c_prev, p.maybe_grad_h, p.maybe_grad_output,
+                                        p.maybe_grad_c, p.grad_gates, p.grad_c_prev});
     const dim3 grid(lstm_blocks(p.batch, p.hidden_size, packed ? kPack : 1));
     return launch(packed ? lstm_cell_backward_kernel<T, kPack> : lstm_cell_backward_kernel<T, 1>,
                   grid, dim3(kLstmThreads), 0, stream, p);

@@ -202,7 +202,6 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
         p.batch = static_cast<int32_t>(to - from);
         p.gates = const_row_pointer(gates, step->begin + from);
         p.c_prev = c_prev;
-        p.c_next = const_row_pointer(cells, step->begin + from);
         p.maybe_grad_h = const_row_pointer(has(w_hr) ? grad_hidden : grad.h, from);
         p.maybe_grad_output = has(w_hr) || !grad_output.defined()
                                   ? nullptr

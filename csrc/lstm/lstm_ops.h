@@ -26,8 +26,7 @@ FUSED_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor,
 lstm_cell_backward(const std::optional<at::Tensor>& grad_h_next,
                    const std::optional<at::Tensor>& grad_c_next, const at::Tensor& input,
                    const at::Tensor& h, const at::Tensor& c, const at::Tensor& w_ih,
-                   const at::Tensor& w_hh, const at::Tensor& c_next, const at::Tensor& gates,
-                   std::array<bool, 6> needs);
+                   const at::Tensor& w_hh, const at::Tensor& gates, std::array<bool, 6> needs);
 
 // One layer in one direction over all time steps. input is [T, B, D], or [N, D] with batch_sizes
 // [T] (int64, on the CPU, falling) as in a PackedSequence. w_hr [P, H] projects h.
