@@ -34,10 +34,11 @@ def lstm_cell(
         The next hidden and cell state, each ``[B, H]``.
 
     Raises:
-        TypeError: dtypes that differ or that are not floating.
+        TypeError: dtypes that differ or that are not floating; a tensor as hx.
         ValueError: shapes or devices that do not go together.
+        RuntimeError: hx is no pair.
     """
-    h, c = hx
+    h, c = pair_of_states("lstm_cell", hx)
     tensors: Any = (input, h, c, w_ih, w_hh, b_ih, b_hh)
     reason = _route.composite_reason(*tensors)
     if reason is None:
@@ -60,6 +61,15 @@ def lstm_cell(
         state = state_dtype(c, tensors[2])
         h_next, c_next = h_next.to(state), c_next.to(state)
     return h_next, c_next
+
+
+def pair_of_states(op: str, hx: Any) -> tuple[Tensor, Tensor]:
+    """Both states; PyTorch's own errors for a lone one, whose rows would unpack, and for others."""
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{op}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    if len(hx) != 2:
+        raise RuntimeError(f"{op} expects two hidden states")
+    return hx[0], hx[1]
 
 
 def state_dtype(given: Tensor, cast: Tensor) -> torch.dtype:

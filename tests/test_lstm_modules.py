@@ -175,6 +175,7 @@ def test_pytorchs_own_error_samples(twin: type[nn.Module], count: int) -> None:
 
 def bad_calls() -> dict[str, tuple[type[nn.Module], Any, tuple]]:
     x, h, c = torch.randn(4, 2, 3), torch.zeros(1, 2, 5), torch.zeros(1, 2, 5)
+    packed = pack_padded_sequence(x, [4, 2])
     lstm, cell = nn.LSTM, nn.LSTMCell
     return {
         "4-D input": (lstm, {}, (x[None],)),
@@ -185,6 +186,8 @@ def bad_calls() -> dict[str, tuple[type[nn.Module], Any, tuple]]:
         "c size": (lstm, {}, (x, (h, c[..., :4]))),
         "h of a projection": (lstm, {"proj_size": 2}, (x, (h, c))),
         "2-D state": (lstm, {}, (x, (h[0], c[0]))),
+        "three states": (lstm, {}, (x, (h, c, c))),
+        "three states of a packed input": (lstm, {}, (packed, (h, c, c))),
         "3-D state of unbatched input": (lstm, {}, (x[:, 0], (h, c))),
         "cell 3-D input": (cell, {}, (x,)),
         "cell 3-D state": (cell, {}, (x[0], (h, c))),
@@ -193,6 +196,9 @@ def bad_calls() -> dict[str, tuple[type[nn.Module], Any, tuple]]:
         "cell batch": (cell, {}, (x[0, :1], (h[0], c[0]))),
         "cell c size": (cell, {}, (x[0], (h[0], c[0, :, :4]))),
         "cell state of one row": (cell, {}, (x[0], (h[0, 0], c[0, 0]))),
+        "cell without c": (cell, {}, (x[0], (h[0],))),
+        "cell state as a tensor": (cell, {}, (x[0], h[0])),
+        "cell three states": (cell, {}, (x[0], (h[0], c[0], c[0]))),
     }
 
 

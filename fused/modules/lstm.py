@@ -31,7 +31,8 @@ class LSTMCell(nn.LSTMCell):
         if hx is None:
             h = c = input.new_zeros(input.shape[0], self.hidden_size)
         else:
-            h, c = hx if is_batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            hx = hx if is_batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
+            h, c = _lstm.pair_of_states("lstm_cell", hx)
         self._check_shapes(input, h, c)
         h, c = _lstm.lstm_cell(
             input, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
@@ -125,6 +126,7 @@ class LSTM(nn.RNNBase):
         self, input: Tensor, hx: _State, batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All layers and directions: output, h_n and c_n."""
+        hx = _lstm.pair_of_states("lstm", hx)
         weights = [getattr(self, name) for names in self._all_weights for name in names]
         reason = _lstm.unsupported(input, *hx, *weights)
         if reason is not None:
