@@ -342,6 +342,15 @@ def test_autocast_gives_the_twins_dtypes(dtype: torch.dtype, given: Any) -> None
             torch.testing.assert_close(a, e, atol=bound, rtol=bound)
 
 
+def test_autocast_gives_every_packed_batch_the_same_dtypes() -> None:
+    """PyTorch's own follow the lengths: oneDNN's kernel takes a batch of equal ones."""
+    module = fused.LSTM(3, 5)
+    batches = [pack_padded_sequence(torch.randn(4, 2, 3), n) for n in ([4, 2], [4, 4])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = [t for batch in batches for t in tensors_of(module(batch))]
+    assert {t.dtype for t in results if t.is_floating_point()} == {torch.float32}
+
+
 def test_autocast_casts_a_repeated_cells_weights_once() -> None:
     module, x = fused.LSTMCell(3, 5), torch.randn(2, 3)
     with torch.profiler.profile() as profile, torch.autocast("cpu", dtype=torch.bfloat16):

@@ -174,7 +174,9 @@ class LSTM(nn.RNNBase):
         """The dtypes that stock's LSTM has under autocast.
 
         Its library kernels are cast whole. On the CPU they take neither packed sequences nor
-        projections, and there only the products are cast, so that the state keeps its dtype.
+        projections, and there only the products are cast, so that the state keeps its dtype. (They
+        do take a packed batch of equal lengths. Ours has the dtypes of every other: a graph cannot
+        look at the lengths, and types that follow the data surprise.)
         """
         if batch_sizes is None and self.proj_size == 0:
             return output, h_n, c_n
