@@ -109,7 +109,7 @@ def lstm_layer(
     if reason is not None:
         return lstm_layer_composite(*tensors, *options)
     if _route.is_traced(*tensors):
-        return torch.ops.fused.lstm_layer_forward(*tensors, *options)[:3]
+        return _registered("lstm_layer_forward", batch_sizes)(*tensors, *options)[:3]
     if _route.needs_grad(*tensors):
         return LSTMLayerFunction.apply(*tensors, *options)
     return _route.kernels().lstm_layer_forward(*tensors, *options)[:3]
@@ -120,6 +120,16 @@ def unsupported(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor | None) ->
     if c.dtype != input.dtype and all(t is None or t.dtype == input.dtype for t in (h, *weights)):
         return f"c is {c.dtype}, all else {input.dtype}"  # which PyTorch promotes
     return _route.unsupported(input, h, c, *weights)
+
+
+def _registered(name: str, batch_sizes: Tensor | None) -> Any:
+    """The registered op for padded input, or the one for packed input (csrc/bindings/library.cpp).
+
+    Only the first may be part of a CUDA graph, which would go through the lengths of the batch that
+    it was recorded with again and again.
+    """
+    op = getattr(torch.ops.fused, name)
+    return op.default if batch_sizes is None else op.packed
 
 
 class LSTMCellFunction(torch.autograd.Function):
@@ -168,8 +178,7 @@ class LSTMLayerFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        ops = torch.ops.fused if _route.is_traced(*grad_outputs) else _route.kernels()
-        return _layer_gradients(ctx, ops, grad_outputs)
+        return _layer_gradients(ctx, grad_outputs, registered=_route.is_traced(*grad_outputs))
 
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -178,7 +187,7 @@ def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 
 def _layer_gradients(
-    ctx: Any, ops: Any, grad_outputs: tuple[Tensor | None, ...]
+    ctx: Any, grad_outputs: tuple[Tensor | None, ...], *, registered: bool = True
 ) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors  # once: each time unpacks all of them, which a checkpoint refuses
     tensors, batch_sizes, saved = given[:8], given[8], given[9:]
@@ -188,9 +197,9 @@ def _layer_gradients(
         return _route.composite_gradients(lstm_layer_composite, inputs, grad_outputs)
     wanted = ctx.needs_input_grad
     needs = [*wanted[:5], wanted[5] or wanted[6], wanted[7]]
-    grads = ops.lstm_layer_backward(
-        *grad_outputs, *tensors[:5], tensors[7], *options, *saved, needs
-    )
+    name = "lstm_layer_backward"
+    backward = _registered(name, batch_sizes) if registered else getattr(_route.kernels(), name)
+    grads = backward(*grad_outputs, *tensors[:5], tensors[7], *options, *saved, needs)
     grads = (*grads[:5], grads[5], grads[5], grads[6], None, None)
     return tuple(g if needed else None for g, needed in zip(grads, wanted, strict=True))
 
@@ -256,6 +265,7 @@ def _(grad_h_next: Tensor, grad_c_next: Tensor, *inputs: Any) -> tuple[Tensor, .
     return (*grads, _empty_unless(needs[5], input, 4 * c.shape[1]))
 
 
+@torch.library.register_fake("fused::lstm_layer_forward.packed")
 @torch.library.register_fake("fused::lstm_layer_forward")
 def _(input: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *_, w_hr, _, _ = rest
@@ -267,6 +277,7 @@ def _(input: Tensor, h0: Tensor, c0: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return output, h0.new_empty(h0.shape), c0.new_empty(c0.shape), gates, cells, hidden
 
 
+@torch.library.register_fake("fused::lstm_layer_backward.packed")
 @torch.library.register_fake("fused::lstm_layer_backward")
 def _(grad_output: Tensor, grad_h_n: Tensor, grad_c_n: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     tensors, (w_hr, *_, needs) = inputs[:5], inputs[5:]
@@ -282,12 +293,11 @@ def _backward_cell(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | Non
 
 
 def _backward_layer(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-    return _layer_gradients(ctx, torch.ops.fused, grad_outputs[:3])
+    return _layer_gradients(ctx, grad_outputs[:3])
 
 
 torch.library.register_autograd(
     "fused::lstm_cell_forward", _backward_cell, setup_context=_setup_cell
 )
-torch.library.register_autograd(
-    "fused::lstm_layer_forward", _backward_layer, setup_context=_setup_layer
-)
+for _name in ("fused::lstm_layer_forward", "fused::lstm_layer_forward.packed"):
+    torch.library.register_autograd(_name, _backward_layer, setup_context=_setup_layer)

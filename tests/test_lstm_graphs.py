@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils import _pytree as pytree
@@ -72,8 +75,9 @@ def test_derivatives_under_a_dispatch_mode(function: str) -> None:
     with log:
         assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
         assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+    overload = "default" if function == "cell" else "packed"
     for op in ("forward", "backward"):
-        assert f"fused.lstm_{function}_{op}.default" in log.names
+        assert f"fused.lstm_{function}_{op}.{overload}" in log.names
 
 
 def test_gradients_with_create_graph_are_the_kernels(backend: torch.device) -> None:
@@ -124,16 +128,16 @@ def test_vmap_over_models() -> None:
 def test_opcheck_layer(case: LSTMCase, dtype: torch.dtype) -> None:
     tensors, options = case.make(dtype, "cpu")
     arguments = (*(None if t is None else t.requires_grad_() for t in tensors), *options.values())
-    torch.library.opcheck(torch.ops.fused.lstm_layer_forward, arguments)
+    ops = torch.ops.fused.lstm_layer_forward, torch.ops.fused.lstm_layer_backward
+    forward, backward = (op.packed if case.lengths else op.default for op in ops)
+    torch.library.opcheck(forward, arguments)
     with torch.no_grad():
-        output, h_n, c_n, *saved = torch.ops.fused.lstm_layer_forward(*arguments)
+        output, h_n, c_n, *saved = forward(*arguments)
     tensors = [None if t is None else t.detach() for t in tensors]
     given = (*tensors[:5], tensors[7], *options.values(), output, *saved)
     for grads in ((output, h_n, c_n), (None, h_n, None), (output, None, c_n)):
         for needs in ([True] * 7, [False, True] * 3 + [False]):
-            torch.library.opcheck(
-                torch.ops.fused.lstm_layer_backward, (*grads, *given, needs)
-            )  # fmt: skip
+            torch.library.opcheck(backward, (*grads, *given, needs))
 
 
 @pytest.mark.parametrize("bias", ["ih hh", "", "ih"])
@@ -261,6 +265,27 @@ def test_a_compiled_module_with_a_packed_sequence_and_no_state(ordered: bool) ->
             packed = pack_sequence(batch, enforce_sorted=ordered)
             args = [t for t in packed if t is not None]
             torch.testing.assert_close(compiled(*args), run(*args))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_cuda_graph_leaves_packed_sequences_out(is_packed: bool) -> None:
+    """A replay would go through the lengths of the batch that it was recorded with.
+
+    Inductor asks this of the nodes of both passes.
+    """
+    unsafe = []
+
+    def note(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
+        node = get_first_incompatible_cudagraph_node(graph)
+        unsafe.append(None if node is None else str(node.target))
+        return make_boxed_func(graph)
+
+    call, inputs = as_function(_lstm.lstm_layer, *LAYERS[3 * is_packed].make(torch.float32, "cpu"))
+    torch.compiler.reset()
+    compiled = torch.compile(call, backend=aot_autograd(fw_compiler=note, bw_compiler=note))
+    compiled(*inputs)[0].sum().backward()
+    ops = [f"fused.lstm_layer_{direction}.packed" for direction in ("forward", "backward")]
+    assert unsafe == (ops if is_packed else [None, None])
 
 
 @pytest.mark.parametrize("name", ["cell", "lstm with state", "all options"])

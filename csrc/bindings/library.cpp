@@ -44,12 +44,19 @@ TORCH_LIBRARY(fused, m) {
       "Tensor c, Tensor w_ih, Tensor w_hh, Tensor gates, bool[6] needs) -> "
       "(Tensor grad_input, Tensor grad_h, Tensor grad_c, Tensor grad_w_ih, Tensor grad_w_hh, "
       "Tensor grad_bias)");
-  m.def(
-      "lstm_layer_forward(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
-      "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse) -> "
-      "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)");
-  m.def(
-      "lstm_layer_backward(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
+  // Each for padded input, and for packed input, of which the host reads batch_sizes: a CUDA graph
+  // would repeat the steps that it was recorded with, so Inductor has to leave the op out of it.
+  const auto def_layer = [&m](const std::string& name, const std::string& arguments) {
+    m.def((name + arguments).c_str());
+    m.def((name + ".packed" + arguments).c_str(), {at::Tag::cudagraph_unsafe});
+  };
+  def_layer("lstm_layer_forward",
+            "(Tensor input, Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, "
+            "Tensor? b_ih, Tensor? b_hh, Tensor? w_hr, Tensor? batch_sizes, bool reverse) -> "
+            "(Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)");
+  def_layer(
+      "lstm_layer_backward",
+      "(Tensor? grad_output, Tensor? grad_h_n, Tensor? grad_c_n, Tensor input, "
       "Tensor h0, Tensor c0, Tensor w_ih, Tensor w_hh, Tensor? w_hr, Tensor? batch_sizes, "
       "bool reverse, Tensor output, Tensor gates, Tensor cells, Tensor hidden, bool[7] needs) -> "
       "(Tensor grad_input, Tensor grad_h0, Tensor grad_c0, Tensor grad_w_ih, Tensor grad_w_hh, "
@@ -104,6 +111,8 @@ void implement(torch::Library& m) {
   m.impl("lstm_cell_backward", &fused::lstm_cell_backward);
   m.impl("lstm_layer_forward", &fused::lstm_layer_forward);
   m.impl("lstm_layer_backward", &fused::lstm_layer_backward);
+  m.impl("lstm_layer_forward.packed", &fused::lstm_layer_forward);
+  m.impl("lstm_layer_backward.packed", &fused::lstm_layer_backward);
   m.impl("conv_forward", &fused::conv_forward);
   m.impl("conv_backward", &fused::conv_backward);
   m.impl("rotary", &fused::rotary);
