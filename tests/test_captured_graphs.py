@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 import fused
 from fused import functional
 from fused.functional import attention_with_kv_cache, scaled_dot_product_attention
+from fused.optim import step_in_backward
 from fused.testing.emulated_graph import EmulatedGraph
 
 pytestmark = on_gpus
@@ -255,6 +256,46 @@ def test_optimizers(name: str, count: int, backend: torch.device) -> None:
             torch.manual_seed(turn)
             run()
         assert_equal(everything(params, optimizer), everything(eager_params, eager))
+
+
+@pytest.mark.parametrize("cls", [fused.AdamW, fused.SGD])
+def test_steps_in_the_backward_pass(cls: type, backend: torch.device) -> None:
+    start, x = (draw(backend, 9, dtype=torch.float32) for _ in range(2))
+    options: dict[str, Any] = {"momentum": 0.9} if cls is fused.SGD else {"capturable": True}
+    sides = []
+    for _ in range(2):
+        network = torch.nn.ParameterList([start.clone()])
+        sides.append((network, step_in_backward(network, cls, lr=0.1, **options)))
+
+    def train(network: torch.nn.ParameterList) -> list[Tensor]:
+        (network[0] * x).square().sum().backward()
+        return []
+
+    (network, optimizer), (eager_network, eager) = sides
+    replay = Replay(lambda: train(network), backend)
+    for _ in range(Replay.WARM_UPS):
+        train(eager_network)
+    for _ in range(3):
+        redraw([x])
+        replay()
+        train(eager_network)
+        assert_equal(everything([*network], optimizer), everything([*eager_network], eager))
+
+
+def test_counts_on_the_host_are_refused_in_the_backward_pass_too(backend: torch.device) -> None:
+    """A replay would correct the bias of every step as of the one that was captured."""
+    network = torch.nn.ParameterList([draw(backend, 9, dtype=torch.float32)])
+    step_in_backward(network, fused.AdamW, lr=0.1)
+
+    def train() -> list[Tensor]:
+        network[0].square().sum().backward()
+        return []
+
+    with pytest.raises(RuntimeError, match=r"graph capture of step.*capturable is False"):
+        Replay(train, backend)
+    before = network[0].detach().clone()
+    train()  # the capture has ended
+    assert not torch.equal(network[0], before)
 
 
 def test_a_learning_rate_that_changes(backend: torch.device) -> None:

@@ -170,8 +170,6 @@ class FusedStep(RegisteredStep):
         """
         loss = None
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            if "capturable" in self.defaults:
-                _check_graph_capture(self)
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
@@ -182,6 +180,9 @@ class FusedStep(RegisteredStep):
         return loss
 
     def _eager_step(self, norms: Norms | None = None) -> None:
+        """Every step that is not traced: those in the backward pass too."""
+        if "capturable" in self.defaults:
+            _check_graph_capture(self)
         groups = self.param_groups
         if norms is None:
             norms = self._norms_by(self._kept_norm)
