@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused.testing.dispatch import OperatorLog
@@ -67,6 +70,36 @@ def test_compiled_step(cls: type) -> None:
             eager[1].param_groups[0]["lr"].fill_(0.5)
     for a, b in zip(everything(*eager), everything(*compiled), strict=True):
         assert torch.equal(a, b)
+
+
+class Arguments(TorchDispatchMode):
+    """While it is entered, notes the keyword arguments of each of fused's ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "fused":
+            self.seen.append(kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_compiled_step_brings_its_numbers_to_the_device(cls: type) -> None:
+    """What the host reads is no part of a CUDA graph: its replays would not see a change."""
+    options = OPTIONS[cls][1]
+    log, on_gpu = Arguments(), FakeTensorMode(allow_non_fake_inputs=True)
+    with on_gpu:
+        parameter = nn.Parameter(torch.empty(3, device="cuda"))
+        parameter.grad = torch.empty_like(parameter)
+    optimizer = cls([parameter], **options)
+    with on_gpu, log, mock.patch.object(torch.compiler, "is_compiling", return_value=True):
+        optimizer.step()
+    (arguments,) = log.seen
+    numbers = [v for name, v in arguments.items() if name.startswith("tensor_") and v is not None]
+    assert len(numbers) == (3 if "betas" in options else 1)
+    assert all(number.device == parameter.device for number in numbers)
 
 
 @pytest.mark.parametrize("cls, options", CASES)

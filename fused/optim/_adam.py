@@ -126,7 +126,9 @@ class Adam(FusedStep, torch.optim.Adam):
             return self._stock_step(group, stock, has_complex)
         arguments = self._hyperparameters(group) | self._registered_arguments(group, norm)
         for name in ("lr", "beta1", "beta2"):
-            arguments[name], arguments[f"tensor_{name}"] = number_and_tensor(arguments[name])
+            arguments[name], arguments[f"tensor_{name}"] = number_and_tensor(
+                arguments[name], params
+            )
         # The compiler sets `capturable` for the time of the trace, on every device.
         if torch.compiler.is_compiling():
             arguments["capturable"] = params[0].is_cuda

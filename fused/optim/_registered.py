@@ -116,9 +116,15 @@ def lists_by_master(*lists: list[Any]) -> list[list[list[Any]]]:
     return [with_master, without]
 
 
-def number_and_tensor(value: float | Tensor) -> tuple[float, Tensor | None]:
-    """A hyperparameter as the registered ops take it: the tensor goes before the number."""
-    return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+def number_and_tensor(value: float | Tensor, params: list[Tensor]) -> tuple[float, Tensor | None]:
+    """A hyperparameter as the registered ops take it: the tensor goes before the number.
+
+    A compiled step may become a CUDA graph, whose replays know nothing of what the host reads: the
+    tensor goes to the device first, by a copy that Inductor keeps out of the graph.
+    """
+    if not isinstance(value, Tensor):
+        return float(value), None
+    return 0.0, value.to(params[0].device) if torch.compiler.is_compiling() else value
 
 
 def _fake_step(*args: Any, **kwargs: Any) -> None:

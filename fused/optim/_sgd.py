@@ -162,7 +162,7 @@ class SGD(FusedStep, torch.optim.SGD):
             return
         arguments = self._hyperparameters(group) | self._registered_arguments(group, norm)
         arguments["first_step"] = first_step
-        arguments["lr"], arguments["tensor_lr"] = number_and_tensor(arguments["lr"])
+        arguments["lr"], arguments["tensor_lr"] = number_and_tensor(arguments["lr"], lists[0])
         for lists_of_call in lists_by_master(*lists):
             torch.ops.fused.sgd_(*lists_of_call, **arguments)
 
