@@ -188,4 +188,5 @@ class _Cut:
             if placement.is_shard():
                 shard = shard * self._mesh.size(dim) + coordinate[dim]
         rng = draw_rng(torch.device(self._mesh.device_type))
-        return rng + torch.tensor([0, shard << 32], device=rng.device)
+        # Without a number from the host, which a CUDA graph refuses to wait for.
+        return rng + torch.arange(2, device=rng.device) * (shard << 32)
