@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, TypedDict, overload
+import sys
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeGuard, overload
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,10 @@ from fused._attention_packed import attend_jagged, is_packed
 from fused._attention_sharded import attend_sharded
 
 if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
     from typing_extensions import Unpack
 
+_ALIGNMENTS = {"UPPER_LEFT": "top_left", "LOWER_RIGHT": "bottom_right"}  # of a CausalBias
 _MAX_LENGTH = 2**30
 
 
@@ -105,7 +108,8 @@ def scaled_dot_product_attention(
         key: ``[..., G, T, D]``; G equals H, or divides it with ``enable_gqa``.
         value: ``[..., G, T, Dv]``.
         attn_mask: broadcastable to ``[..., H, S, T]``. Bool: True lets a query see a key. Floating
-            (of any dtype): added to the scores.
+            (of any dtype): added to the scores. A :class:`torch.nn.attention.bias.CausalBias`
+            makes no mask: it is ``is_causal``, of its alignment.
         dropout_p: probability with which each attention weight is dropped. Applied always: pass 0
             in evaluation. The mask is a function of a pair of numbers drawn from the generator of
             the query's device.
@@ -133,6 +137,9 @@ def scaled_dot_product_attention(
         NotImplementedError: keyword-only extras with sparse tensors, or nested ones that are not
             jagged along the length alone.
     """
+    if is_causal_bias(attn_mask):
+        causal_alignment = _alignment(attn_mask, query, key, is_causal)
+        attn_mask, is_causal = None, True
     options = make_options(
         query, attn_mask, dropout_p, is_causal, scale,
         causal_alignment, window, softcap, alibi_slopes, sink,
@@ -223,6 +230,8 @@ def make_options(
         raise ValueError(f"attention: softcap must be positive and finite, got {softcap}")
     if is_causal and causal_alignment == "bottom_right":  # a window that ends at the row
         is_causal, right = False, 0
+    if is_causal_bias(attn_mask):
+        attn_mask = mask_of(attn_mask, query.device)
     if alibi_slopes is not None:
         alibi_slopes = _head_values("alibi_slopes", alibi_slopes, query)
     if sink is not None:
@@ -231,6 +240,37 @@ def make_options(
         attn_mask, alibi_slopes, sink, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
         softcap=0.0 if softcap is None else softcap, window_left=left, window_right=right,
     )  # fmt: skip
+
+
+def is_causal_bias(mask: Tensor | None) -> TypeGuard[CausalBias]:
+    """Whether this is a CausalBias: a tensor whose data nobody has set, for all is in attributes.
+
+    Does not import its module, which takes a while.
+    """
+    if mask is None or type(mask) is Tensor:  # all that torch.compile need look at
+        return False
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(mask, module.CausalBias)
+
+
+def _alignment(bias: CausalBias, query: Tensor, key: Tensor, is_causal: bool) -> str:
+    """The causal_alignment that says the same."""
+    if is_causal:  # stock's rule
+        raise ValueError("attention: is_causal must be False with a CausalBias, got True")
+    lengths = [*query.shape[-2:-1], *key.shape[-2:-1]]
+    if [bias.seq_len_q, bias.seq_len_kv] != lengths:
+        raise ValueError(
+            f"attention: a CausalBias must have the lengths of query and key {lengths}, "
+            f"got {[bias.seq_len_q, bias.seq_len_kv]}"
+        )
+    return _ALIGNMENTS[bias.variant.name]
+
+
+def mask_of(bias: CausalBias, device: torch.device) -> Tensor:
+    """The bool mask that it means, where `is_causal` would mean another."""
+    last = 0 if _ALIGNMENTS[bias.variant.name] == "top_left" else bias.seq_len_kv - bias.seq_len_q
+    ones = torch.ones(bias.seq_len_q, bias.seq_len_kv, dtype=torch.bool, device=device)
+    return ones.tril(last)
 
 
 def _head_values(argument: str, values: Tensor, query: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fused import _load, _route
+from fused._attention import is_causal_bias
 from fused.optim._sharded import local_tensors
 from fused.optim._step import FusedStep
 
@@ -74,8 +74,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     # The shape environment lets a fake tensor answer item(), as packed sequences need.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
-    fake = functools.partial(mode.from_tensor, static_shapes=True)
-    args, kwargs = pytree.tree_map_only(torch.Tensor, fake, (args, kwargs))
+
+    def fake(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or is_causal_bias(value):
+            return value
+        return mode.from_tensor(value, static_shapes=True)
+
+    args, kwargs = pytree.tree_map(fake, (args, kwargs))
     with mode, _route.listen(listener):
         function(*args, **kwargs)
     return Explanation(tuple(decisions))

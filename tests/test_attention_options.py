@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import fused
 from fused import _route, reference
 from fused._attention import make_options
 from fused._attention_composite import Options, dropout_mask
 from fused._attention_function import AttentionFunction
-from fused.functional import merge_attention, scaled_dot_product_attention
+from fused.functional import (
+    attention_with_kv_cache,
+    merge_attention,
+    scaled_dot_product_attention,
+    varlen_attention,
+)
 from fused.testing.attention import draw_grads, run_fused
 from fused.testing.cases.attention import CASES
 
@@ -48,6 +55,42 @@ def test_who_sees_whom(
             sees = sees and (causal != "top_left" or j <= i)
             expected[i, j] = sees and (causal != "bottom_right" or j <= middle)
     assert torch.equal(visible(rows, keys, options).cpu(), expected)
+
+
+@pytest.mark.parametrize(("rows", "keys"), [(5, 5), (3, 5), (5, 3)])
+@pytest.mark.parametrize("bias", [causal_upper_left, causal_lower_right])
+def test_a_causal_bias_is_the_mask_that_it_means(bias: Callable, rows: int, keys: int) -> None:
+    of_rows, mask = bias(rows, keys), bias(rows, keys)._materialize()
+    q, k, v = torch.randn(2, 4, rows, 8), *torch.randn(2, 2, 4, keys, 8)
+    expected = scaled_dot_product_attention(q, k, v, mask, softcap=3.0)
+    actual = scaled_dot_product_attention(q, k, v, of_rows, softcap=3.0)
+    assert type(actual) is Tensor
+    torch.testing.assert_close(actual, expected)
+    compiled = torch.compile(scaled_dot_product_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v, of_rows, softcap=3.0), expected)
+    assert fused.explain(scaled_dot_product_attention, q, k, v, of_rows).paths[0] != "composite"
+
+    lengths = torch.full((2,), keys, dtype=torch.int32)
+    expected = attention_with_kv_cache(q, k, v, cache_seqlens=lengths, attn_mask=mask)
+    actual = attention_with_kv_cache(q, k, v, cache_seqlens=lengths, attn_mask=of_rows)
+    assert torch.equal(actual, expected)
+    packed = [t[0].transpose(0, 1) for t in (q, k, v)]
+    bounds = [torch.tensor([0, n], dtype=torch.int32) for n in (rows, keys)]
+    expected = varlen_attention(*packed, *bounds, attn_mask=mask)
+    assert torch.equal(varlen_attention(*packed, *bounds, attn_mask=of_rows), expected)
+
+    module = fused.Attention(8, 2, batch_first=True)
+    for need_weights in (False, True):
+        expected, _ = module(q[0], k[0], k[0], None, need_weights, ~mask)
+        assert torch.equal(module(q[0], k[0], k[0], None, need_weights, of_rows)[0], expected)
+
+
+def test_a_causal_bias_of_other_lengths_or_beside_is_causal() -> None:
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"lengths of query and key \[3, 3\], got \[3, 5\]"):
+        scaled_dot_product_attention(q, q, q, causal_lower_right(3, 5))
+    with pytest.raises(ValueError, match=r"^attention: is_causal must be False with a CausalBias"):
+        scaled_dot_product_attention(q, q, q, causal_lower_right(3, 3), is_causal=True)
 
 
 @pytest.mark.parametrize("window", [(40, 24), (0, 0), (-1, 0), (0, -1)])

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fused import _route
-from fused._attention import attend, make_options
+from fused._attention import attend, is_causal_bias, make_options, mask_of
 from fused._rotary import rotary_embedding
 
 
@@ -159,6 +159,8 @@ class Attention(nn.MultiheadAttention):
         Returns:
             The output in the layout of ``query``, and the weights or None.
         """
+        if is_causal_bias(attn_mask):  # which says what to show
+            attn_mask = ~mask_of(attn_mask, query.device)
         if query.is_nested or key.is_nested or value.is_nested:
             extras = (self.window, self.softcap, rotary)
             if self.is_causal or any(extra is not None for extra in extras):
