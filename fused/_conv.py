@@ -120,8 +120,7 @@ def _conv(
 ) -> Tensor:
     op = f"conv{axes}d"
     check_activation(op, activation)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _route.autocast(input.device.type, input, weight, bias)
+    input, weight, bias = _route.autocast(input.device.type, input, weight, bias)
     reason = _route.composite_reason(input, weight, bias) or _route.unsupported(input, weight, bias)
     _route.report(op, input.device, reason)
     if reason is not None:

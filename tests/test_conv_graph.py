@@ -35,6 +35,18 @@ def kernel_arguments(case: ConvCase) -> tuple[list[Tensor | None], list]:
     return tensors, [stride, padding * 2, dilation, case.groups, case.activation]
 
 
+@pytest.mark.parametrize(("ours", "stock", "size"), MODULES)
+def test_meta_tensors(ours: type, stock: type, size: tuple[int, ...]) -> None:
+    x = torch.empty(2, 4, *size, device="meta", requires_grad=True)
+    options = {"stride": 2, "padding": 1, "device": "meta"}
+    module = ours(4, 6, 3, activation="silu", **options)
+    out = module(x)
+    assert out.is_meta and out.shape == stock(4, 6, 3, **options)(x).shape
+    out.sum().backward()
+    assert x.grad is not None and x.grad.is_meta
+    assert len(fused.explain(module, x).paths) == 1
+
+
 OPCHECK_CASES = [
     ConvCase("plain", padding=1),
     ConvCase("channels-last", layout="channels-last", out_channels=16, activation="relu"),
