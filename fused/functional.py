@@ -4,6 +4,8 @@ Each runs a CUDA kernel, a C++ kernel for the CPU, or, for what no kernel covers
 `fused.explain` says which. Their definitions are in `fused.reference`.
 """
 
+import torch.fx
+
 from fused._attention import scaled_dot_product_attention
 from fused._attention_cache import attention_with_kv_cache
 from fused._attention_composite import merge_attention
@@ -23,3 +25,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "varlen_attention",
 ]
+
+# torch.fx.symbolic_trace records a call of what is here, as a call and not what it does.
+for _name in __all__:
+    torch.fx.wrap(_name)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import fused
+from fused import functional
 
 
 class Subclass(nn.MultiheadAttention):
@@ -171,3 +172,47 @@ def test_every_stock_module_with_a_twin_gives_the_same_numbers_patched() -> None
         assert repr(module) == text and list(module.state_dict()) == keys
         fused.unpatch(module)
         assert type(module) is stock
+
+
+class Tracer(torch.fx.Tracer):
+    """The README's."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_ours = m.__module__.startswith("fused.modules")
+        return is_ours or super().is_leaf_module(m, module_qualified_name)
+
+
+def test_fx_records_patched_modules_as_it_does_stocks() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.rnn = nn.Conv1d(4, 8, 3), nn.LSTM(6, 6)
+            self.cell, self.attention = nn.LSTMCell(6, 6), nn.MultiheadAttention(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.rnn(self.conv(x))[0]
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return self.cell(x[0])[0]
+
+    model, x = Tagger(), torch.randn(5, 4, 8)
+    stock = [(node.op, node.target) for node in torch.fx.symbolic_trace(model).graph.nodes]
+    fused.patch(model)
+    graph = Tracer().trace(model)
+    assert [(node.op, node.target) for node in graph.nodes] == stock
+    assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
+
+
+def test_fx_records_calls_of_functions() -> None:
+    def function(q: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = functional.scaled_dot_product_attention(q, q, q, is_causal=True, softcap=2.0)
+        return functional.conv2d(out, weight, activation="relu")
+
+    graph = torch.fx.symbolic_trace(function)
+    calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    assert calls == [functional.scaled_dot_product_attention, functional.conv2d]
+    q, weight = torch.randn(2, 4, 5, 8), torch.randn(3, 4, 2, 2)
+    assert torch.equal(graph(q, weight), function(q, weight))
+
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.ReLU())
+    fused.patch(model)
+    assert torch.equal(torch.fx.symbolic_trace(model)(q), model(q))
