@@ -243,6 +243,23 @@ def test_closure(cls: type, backend: torch.device) -> None:
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+def test_devices_without_kernels_are_stocks(cls: type) -> None:
+    networks = [model(device="meta") for _ in range(2)]
+    optimizers = [c(n.parameters(), **OPTIONS[cls]) for c, n in zip((cls, STOCK[cls]), networks)]
+    for network, optimizer in zip(networks, optimizers):
+        for p in network.parameters():
+            p.grad = torch.empty_like(p)
+        for _ in range(2):
+            optimizer.step()
+    ours, stock = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert ours.keys() == stock.keys() and ours[0].keys() == stock[0].keys()
+    assert fused.explain(optimizers[0].step).paths == ("composite",)
+    clipping = cls(networks[0].parameters(), **OPTIONS[cls], max_norm=1.0)
+    with pytest.raises(NotImplementedError, match=r"max_norm must be left out where stock"):
+        clipping.step()
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_differentiable_goes_through_the_step(cls: type) -> None:
     gradients = []
     for kind in (cls, STOCK[cls]):

@@ -62,6 +62,7 @@ inline const char* refusal(const at::Tensor& tensor) {
   if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::python_ks)) return "subclass";
   if (tensor.layout() != at::kStrided) return "sparse";
   if (!tensor.is_floating_point()) return "complex";
+  if (!tensor.is_cpu() && !tensor.is_cuda()) return "device";
   if (tensor.unsafeGetTensorImpl()->key_set().has_any(c10::DispatchKeySet(
           {c10::DispatchKey::FuncTorchBatched, c10::DispatchKey::FuncTorchGradWrapper,
            c10::DispatchKey::Functionalize}))) {

@@ -37,6 +37,7 @@ DIFFERENTIABLE = "differentiable"
 SUBCLASS = "subclass"
 SPARSE = "sparse"
 COMPLEX = "complex"
+DEVICE = "device"
 
 # What torch's own steps begin with; torch 2.10 has it under an older name.
 _NEW, _OLD = "_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"
@@ -46,6 +47,7 @@ _REASONS = {
     DIFFERENTIABLE: "differentiable=True needs operators that autograd knows",
     SPARSE: "a gradient is sparse",
     COMPLEX: "a parameter is not a floating-point tensor",
+    DEVICE: "a tensor is on a device other than CPU and CUDA",
     SUBCLASS: "a tensor is of a subclass",
     "transform": "a functorch transform is active",
 }
@@ -85,7 +87,7 @@ class FusedStep(RegisteredStep):
 
     Raises:
         NotImplementedError: at the step, where one of these is set and no kernel covers the group
-            (complex parameters, sparse gradients, `differentiable`).
+            (complex parameters, sparse gradients, other devices, `differentiable`).
     """
 
     # GradScaler leaves unscaling and skipping to the step itself.
