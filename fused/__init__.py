@@ -2,6 +2,7 @@
 
 from fused import functional, models, reference
 from fused._explain import explain
+from fused._flops import register_formulas as _register_flop_formulas
 from fused._patch import patch, unpatch
 from fused._version import __version__
 from fused.modules import LSTM, Attention, Conv1d, Conv2d, Conv3d, LSTMCell
@@ -27,3 +28,5 @@ __all__ = [
     "reference",
     "unpatch",
 ]
+
+_register_flop_formulas()
