@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -45,6 +46,20 @@ def test_meta_tensors(ours: type, stock: type, size: tuple[int, ...]) -> None:
     out.sum().backward()
     assert x.grad is not None and x.grad.is_meta
     assert len(fused.explain(module, x).paths) == 1
+
+
+@pytest.mark.parametrize(("ours", "stock", "size"), MODULES)
+def test_the_signature_is_stocks_and_activation(ours: type, stock: type, size: object) -> None:
+    names = list(inspect.signature(ours).parameters)
+    assert names == [*inspect.signature(stock).parameters, "activation"]
+    layer = nn.utils.skip_init(ours, 3, 4, 3, activation="relu")
+    assert type(layer) is ours and layer.weight.device.type == "cpu"
+
+    class Own(ours):
+        def __init__(self, width: int) -> None:
+            super().__init__(width, width, 3)
+
+    assert list(inspect.signature(Own).parameters) == ["width"]
 
 
 OPCHECK_CASES = [

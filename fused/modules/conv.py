@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ _DOC = """:class:`torch.nn.Conv{axes}d` with bias and activation in one kernel.
 
     Args:
         activation: None, ``"relu"``, ``"gelu"``, ``"silu"``, ``"leaky_relu"``, ``"sigmoid"`` or
-            ``"tanh"``.
+            ``"tanh"``. With one, ``torch.nn.utils.fusion.fuse_conv_bn_eval`` must not be used: the
+            activation would come behind the batch norm.
     """
 
 
@@ -55,6 +57,14 @@ class _ActivatedConv:
         # A mixin: the method is that of the stock class beside it.
         text: str = super().extra_repr()  # type: ignore[misc]
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+
+# What help() shows and nn.utils.skip_init looks at: stock's parameters, of one name in all layers.
+_of_stock = inspect.signature(nn.Conv2d.__init__)
+_extra = inspect.signature(_ActivatedConv.__init__).parameters["activation"]
+vars(_ActivatedConv.__init__)["__signature__"] = _of_stock.replace(
+    parameters=[*_of_stock.parameters.values(), _extra]
+)
 
 
 class Conv1d(_ActivatedConv, nn.Conv1d):
