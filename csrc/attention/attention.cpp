@@ -7,6 +7,7 @@
 
 #include "attention/attention_glue.h"
 #include "attention/attention_ops.h"
+#include "attention/attention_score_parts.h"
 #include "common/dispatch.h"
 
 namespace fused {
@@ -24,7 +25,7 @@ at::Tensor make_mask_gradient(const at::Tensor& mask, const at::Tensor& q,
   for (int64_t i = 0; i < grad.dim(); ++i) {
     if (grad.size(i) != 1) strides[4 - grad.dim() + i] = grad.stride(i);
   }
-  gradient = {grad.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3]};
+  gradient = {grad.mutable_data_ptr(), strides[0], strides[1], strides[2], strides[3], nullptr};
   return grad;
 }
 
@@ -114,6 +115,7 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
   const at::Tensor grad_lse = grad_lse_in ? grad_lse_in->contiguous() : at::Tensor();
   const at::Tensor delta = at::empty(rows_shape(q), row_stats.options());
   const at::Tensor row_alibi = needs_slopes ? at::empty_like(delta) : at::Tensor();
+  at::Tensor mask_partials;
 
   const auto gradient_of = [](const at::Tensor& x, bool needed) {
     return needed ? empty_heads(x, x.size(-1)) : not_needed(x);
@@ -149,6 +151,12 @@ attention_backward(const at::Tensor& grad_out_in, const std::optional<at::Tensor
       params.maybe_grad_alibi_slopes = grad_slopes.mutable_data_ptr();
     }
     if (needs_sink) params.maybe_grad_sink = grad_sink.mutable_data_ptr();
+    ScoreGradient& of_mask = params.maybe_grad_mask;
+    const int64_t partials = of_mask.data != nullptr ? score_partials(params, of_mask) : 0;
+    if (partials > 0 && runs_on_cuda(q)) {
+      mask_partials = at::empty({partials}, delta.options());
+      of_mask.maybe_partials = mask_partials.mutable_data_ptr();
+    }
     check_status(kOp, FUSED_DISPATCH(q, attention_backward, params));
   } else if (needs_kv) {
     grad_k.zero_();

@@ -130,6 +130,7 @@ struct AttentionTangentParams : AttentionForwardParams {
 struct ScoreGradient {
   void* data;  // float (double for double)
   int64_t batch_stride, head_stride, row_stride, column_stride;
+  void* maybe_partials;  // scratch on CUDA, like data: attention_score_parts.h says when, how much
 };
 
 // Gradients that are null are not wanted; grad_k and grad_v come together.

@@ -7,43 +7,54 @@
 // with ds and delta as in attention_backward.cu. A block of the first kernel owns one tile of kOwn
 // queries by kOther keys of the gradient, or, along a broadcast dimension, all of its tiles, which
 // it adds up in registers: thread t has the rows 4 * (t / 16) .. + 3 and the columns t % 16 and
-// t % 16 + 16, as in pair_products. It gives the slopes' gradient by row, and the second kernel,
-// one block for each head, adds up the rows.
+// t % 16 + 16, as in pair_products. Where that is much for few blocks, each takes a part of it
+// (attention_score_parts.h), and the second kernel adds up the parts. Of the slopes' gradient the
+// first kernel gives what is each row's, and the third, one block for each head, adds up the rows.
 //
 // A row's part of the slopes' gradient is a small sum of large terms: what is known of the sum of
 // ds alone says by how much the row's delta was rounded, and takes that out of it (alibi_of_row).
 #include "attention/attention_backward.cuh"
 #include "attention/attention_mma.h"
+#include "attention/attention_score_parts.h"
 
 namespace fused {
 namespace {
 
-// What a block has of `extent` tiles or heads: one of them, or all, to sum over.
-__device__ __forceinline__ Range take_share(int64_t stride, int32_t extent, unsigned& index) {
-  if (stride == 0) return {0, extent};
+static_assert(kScoreRows == kOwn && kScoreKeys == kOther, "a block's tile of scores");
+
+__device__ __forceinline__ int32_t take_place(int32_t extent, unsigned& index) {
   const int32_t place = static_cast<int32_t>(index % static_cast<unsigned>(extent));
   index /= static_cast<unsigned>(extent);
+  return place;
+}
+
+// What a block has of `extent` tiles or sequences: one of them, or, to sum over, a part: each
+// `parts`-th.
+__device__ __forceinline__ Range take_share(int64_t stride, int32_t extent, int32_t parts,
+                                            unsigned& tile, unsigned& part) {
+  if (stride == 0) return {take_place(parts, part), extent};
+  const int32_t place = take_place(extent, tile);
   return {place, place + 1};
 }
 
-FUSED_HOST_DEVICE int32_t num_tiles(int32_t length, int32_t tile) {
-  return (length + tile - 1) / tile;
-}
-
-// What a block adds up, as far as the sequences have it.
+// What a block adds up, as far as the sequences have it, in the steps of ScoreParts.
 struct Shares {
   Range key_tiles, row_tiles, heads, sequences;
 };
 
-// One tile of a mask's gradient.
-__device__ __forceinline__ Shares mask_shares(const AttentionProblem& p,
-                                              const ScoreGradient& gradient) {
-  unsigned index = blockIdx.x;
+// Part blockIdx.y of tile blockIdx.x of a mask's gradient.
+__device__ __forceinline__ Shares mask_shares(const AttentionBackwardParams& p,
+                                              const ScoreParts& parts) {
+  const ScoreGradient& gradient = p.maybe_grad_mask;
+  unsigned tile = blockIdx.x, part = blockIdx.y;
   Shares shares;
-  shares.key_tiles = take_share(gradient.column_stride, num_tiles(p.mask.columns, kOther), index);
-  shares.row_tiles = take_share(gradient.row_stride, num_tiles(p.mask.rows, kOwn), index);
-  shares.heads = take_share(gradient.head_stride, p.num_heads, index);
-  shares.sequences = take_share(gradient.batch_stride, p.num_sequences, index);
+  shares.key_tiles = take_share(gradient.column_stride, num_tiles(p.mask.columns, kOther),
+                                parts.key_tiles, tile, part);
+  shares.row_tiles =
+      take_share(gradient.row_stride, num_tiles(p.mask.rows, kOwn), parts.row_tiles, tile, part);
+  shares.heads = take_share(gradient.head_stride, p.num_heads, 1, tile, part);
+  shares.sequences =
+      take_share(gradient.batch_stride, p.num_sequences, parts.sequences, tile, part);
   return shares;
 }
 
@@ -108,16 +119,17 @@ __device__ __forceinline__ A alibi_of_row(const AttentionBackwardParams& p, int3
 
 template <typename T, bool kByDistance>
 __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
-    attention_backward_scores_kernel(const AttentionBackwardParams p,
-                                     const ScoreGradient gradient) {
+    attention_backward_scores_kernel(const AttentionBackwardParams p, const ScoreParts parts) {
   using A = Accumulator<T>;
+  const ScoreGradient& gradient = p.maybe_grad_mask;
   AttentionTiles<A>& tiles = *shared_memory<AttentionTiles<A>>();
   const int thread_row = threadIdx.x / 16 * kRowsPerThread, thread_column = threadIdx.x % 16;
-  const Shares shares = kByDistance ? row_shares(p) : mask_shares(p, gradient);
+  const Shares shares = kByDistance ? row_shares(p) : mask_shares(p, parts);
 
   A sums[kRowsPerThread][kColumnsPerThread] = {};
   DistanceSums<A> of_row[kRowsPerThread] = {};
-  for (int32_t index = shares.sequences.begin; index < shares.sequences.end; ++index) {
+  for (int32_t index = shares.sequences.begin; index < shares.sequences.end;
+       index += parts.sequences) {
     const Sequence sequence = sequence_of(p, index);
     const Band band = visible_band(p, sequence);
     const int32_t row_end = min(shares.row_tiles.end, num_tiles(sequence.seqlen_q, kOwn));
@@ -129,11 +141,13 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
       const auto v = key_matrix<T>(p.v, p.v_strides, sequence, head_kv, p.head_dim_v);
       const auto grad_out =
           query_matrix<T>(p.grad_out, p.grad_out_strides, sequence, head, p.head_dim_v);
-      for (int32_t row_tile = shares.row_tiles.begin; row_tile < row_end; ++row_tile) {
+      for (int32_t row_tile = shares.row_tiles.begin; row_tile < row_end;
+           row_tile += parts.row_tiles) {
         const int32_t first_row = row_tile * kOwn;
         const Range keys =
             keys_seen_by(sequence, band, first_row, min(first_row + kOwn, sequence.seqlen_q) - 1);
-        for (int32_t key_tile = shares.key_tiles.begin; key_tile < key_end; ++key_tile) {
+        for (int32_t key_tile = shares.key_tiles.begin; key_tile < key_end;
+             key_tile += parts.key_tiles) {
           const int32_t first_key = key_tile * kOther;
           if (first_key >= keys.end || first_key + kOther <= keys.begin) continue;
           A scores[kRowsPerThread][kColumnsPerThread], dots[kRowsPerThread][kColumnsPerThread];
@@ -182,10 +196,30 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   for_each_score([&](int r, int c, int i, int j) { tiles.weights[i][j] = sums[r][c]; });
   __syncthreads();
   const int32_t first_key = shares.key_tiles.begin * kOther;
-  A* target = static_cast<A*>(gradient.data) + shares.sequences.begin * gradient.batch_stride +
+  A* target = static_cast<A*>(gridDim.y > 1 ? gradient.maybe_partials : gradient.data) +
+              blockIdx.y * score_gradient_size(p, gradient) +
+              shares.sequences.begin * gradient.batch_stride +
               shares.heads.begin * gradient.head_stride + first_row * gradient.row_stride +
               first_key * gradient.column_stride;
   store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
+}
+
+// Adds up the parts of a mask's gradient. Its elements are many, or few with many parts each:
+// either finds work for many threads where a few have each.
+constexpr int kLanesPerSum = 8;
+
+template <typename A>
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_backward_parts_kernel(const ScoreGradient gradient, int64_t size, int32_t parts) {
+  constexpr int kSums = kAttentionThreads / kLanesPerSum;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kSums + threadIdx.x / kLanesPerSum;
+  const int32_t first = threadIdx.x % kLanesPerSum;
+  CompensatedSum<A> sum;
+  for (int32_t part = first; index < size && part < parts; part += kLanesPerSum) {
+    sum.add(static_cast<const A*>(gradient.maybe_partials)[part * size + index]);
+  }
+  sum = compensated_warp_sum<kLanesPerSum>(sum);
+  if (index < size && first == 0) static_cast<A*>(gradient.data)[index] = sum.total();
 }
 
 // A sum over the block in a fixed order; thread 0 has it.
@@ -228,28 +262,38 @@ __global__ void __launch_bounds__(kAttentionThreads, 3)
 }
 
 template <typename T, bool kByDistance>
-Status launch_scores(const AttentionBackwardParams& p, const ScoreGradient& gradient,
+Status launch_scores(const AttentionBackwardParams& p, int64_t blocks, const ScoreParts& parts,
                      Stream stream) {
-  const int64_t blocks = kByDistance
-                             ? num_blocks(p, true, 1)
-                             : (gradient.batch_stride ? int64_t{p.num_sequences} : 1) *
-                                   (gradient.head_stride ? p.num_heads : 1) *
-                                   (gradient.row_stride ? num_tiles(p.mask.rows, kOwn) : 1) *
-                                   (gradient.column_stride ? num_tiles(p.mask.columns, kOther) : 1);
   if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
   return launch(attention_backward_scores_kernel<T, kByDistance>,
-                dim3(static_cast<unsigned>(blocks)), dim3(kAttentionThreads),
-                sizeof(AttentionTiles<Accumulator<T>>), stream, p, gradient);
+                dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts.total())),
+                dim3(kAttentionThreads), sizeof(AttentionTiles<Accumulator<T>>), stream, p, parts);
+}
+
+template <typename T>
+Status launch_mask_gradient(const AttentionBackwardParams& p, Stream stream) {
+  using A = Accumulator<T>;
+  constexpr int kSums = kAttentionThreads / kLanesPerSum;
+  const ScoreGradient& gradient = p.maybe_grad_mask;
+  const ScoreParts parts = score_parts(p, gradient);
+  const int64_t tiles = (gradient.batch_stride ? int64_t{p.num_sequences} : 1) *
+                        (gradient.head_stride ? p.num_heads : 1) *
+                        (gradient.row_stride ? num_tiles(p.mask.rows, kOwn) : 1) *
+                        (gradient.column_stride ? num_tiles(p.mask.columns, kOther) : 1);
+  const Status status = launch_scores<T, false>(p, tiles, parts, stream);
+  if (status != nullptr || parts.total() == 1) return status;
+  const int64_t size = score_gradient_size(p, gradient), blocks = (size + kSums - 1) / kSums;
+  if (blocks > INT32_MAX) return "the problem needs 2^31 blocks or more";
+  return launch(attention_backward_parts_kernel<A>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kAttentionThreads), 0, stream, gradient, size, parts.total());
 }
 
 template <typename T>
 Status launch_all_scores(const AttentionBackwardParams& p, Stream stream) {
   Status status = nullptr;
-  if (p.maybe_grad_mask.data != nullptr) {
-    status = launch_scores<T, false>(p, p.maybe_grad_mask, stream);
-  }
+  if (p.maybe_grad_mask.data != nullptr) status = launch_mask_gradient<T>(p, stream);
   if (status == nullptr && p.maybe_row_alibi != nullptr) {
-    status = launch_scores<T, true>(p, {}, stream);
+    status = launch_scores<T, true>(p, num_blocks(p, true, 1), {}, stream);
   }
   if (status != nullptr) return status;
   if (p.maybe_grad_alibi_slopes == nullptr && p.maybe_grad_sink == nullptr) return nullptr;

@@ -162,7 +162,7 @@ static void mask_gradient(const AttentionBackwardParams& p) {
 // What each row gives to the gradient of its head's ALiBi slope.
 template <typename T, typename A = Accumulator<T>>
 static void row_alibi(const AttentionBackwardParams& p) {
-  const ScoreGradient of_rows{nullptr, 0, 0, 1, 0};
+  const ScoreGradient of_rows{nullptr, 0, 0, 1, 0, nullptr};
   parallel_for(0, num_tasks(p, true, kOwnRows<A>), 1, [&](int64_t begin, int64_t end) {
     ScoreGradientSums<T> sums(p);
     for (int64_t task = begin; task < end; ++task) {

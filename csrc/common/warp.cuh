@@ -18,9 +18,9 @@ __device__ __forceinline__ A warp_sum(A value) {
   return value;
 }
 
-template <typename A>
+template <int kLanes = kWarpSize, typename A>
 __device__ __forceinline__ CompensatedSum<A> compensated_warp_sum(CompensatedSum<A> value) {
-  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) {
     value.add(CompensatedSum<A>{__shfl_xor_sync(kFullWarp, value.sum, offset),
                                 __shfl_xor_sync(kFullWarp, value.rounded_off, offset)});
   }
