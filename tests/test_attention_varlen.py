@@ -110,16 +110,20 @@ def test_nan_and_infinity_stay_in_their_sequence(backend: torch.device) -> None:
     assert broken["out"][30:63].isnan().all()
 
 
-def test_a_mask_hides_what_lies_beyond_it(backend: torch.device) -> None:
-    (q, k, v), options = AttentionCase("m", lengths=((70, 99), (3, 2))).make(torch.float64, backend)
-    small = torch.randn(2, 1, 50, 41, dtype=q.dtype, device=backend, requires_grad=True)
-    mask = torch.full((2, 1, 70, 99), -torch.inf, dtype=q.dtype, device=backend)
-    mask[:, :, :50, :41] = small.detach()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize(("rows", "columns"), [(50, 41), (0, 41), (50, 0)])
+def test_a_mask_hides_what_lies_beyond_it(
+    rows: int, columns: int, dtype: torch.dtype, backend: torch.device
+) -> None:
+    (q, k, v), options = AttentionCase("m", lengths=((70, 99), (3, 2))).make(dtype, backend)
+    small = torch.randn(2, 1, rows, columns, device=backend).to(dtype).requires_grad_()
+    mask = torch.full((2, 1, 70, 99), -torch.inf, dtype=dtype, device=backend)
+    mask[:, :, :rows, :columns] = small.detach()
     results, expected = (
         run_fused([q, k, v], options | {"attn_mask": m}, draw_grads([q, k, v]))
         for m in (small, mask)
     )
-    expected["grad of attn_mask"] = expected["grad of attn_mask"][:, :, :50, :41]
+    expected["grad of attn_mask"] = expected["grad of attn_mask"][:, :, :rows, :columns]
     for name in results:
         assert torch.equal(results[name], expected[name]), name
 

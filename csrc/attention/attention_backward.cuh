@@ -30,13 +30,13 @@ struct ScoreWeight {
   A probability;  // p
 };
 
-// From an element's final score, p, keep and product grad_out . v, and its row's delta.
+// From an element's final score, p, keep, and ds / p, which is keep * grad_out . v less its row's
+// delta.
 template <typename A>
 __device__ __forceinline__ ScoreWeight<A> weigh_score(const Score<A>& score, A probability, A keep,
-                                                      A dot_v, A delta) {
+                                                      A gradient_by_p) {
   if (score.value == kHiddenScore<A>) return {0, 0, 0, 0};
-  const A gradient = probability * (keep * dot_v - delta);
-  return {keep * probability, gradient, score.slope, probability};
+  return {keep * probability, probability * gradient_by_p, score.slope, probability};
 }
 
 // From an element's products q . k and grad_out . v. Hidden keys give zeros, not even a NaN, and so
@@ -53,7 +53,7 @@ __device__ __forceinline__ ScoreWeight<A> score_weight(const AttentionBackwardPa
   const A probability = exp(score.value - stats.max) * stats.inverse_sum;
   const A keep = p.maybe_rng == nullptr ? A(1) : dropout_scale<A>(p, sequence, head, row, column);
   const A delta = static_cast<const A*>(p.delta)[index];
-  return weigh_score(score, probability, keep, dot_v, delta);
+  return weigh_score(score, probability, keep, keep * dot_v - delta);
 }
 
 }  // namespace fused

@@ -42,12 +42,6 @@ static inline A mask_value(M element) {
   }
 }
 
-// f(an element of the type that the mask is read as).
-template <typename F>
-static auto visit_mask(const AttentionMask& mask, const F& f) {
-  return mask.kind == MaskKind::kBool ? f(uint8_t{}) : visit_dtype(mask.dtype, f);
-}
-
 // The part of a tile that lies before the mask's last row and column.
 template <bool kOwnsQueries>
 static TilePlace<kOwnsQueries> within_mask(const AttentionMask& mask,

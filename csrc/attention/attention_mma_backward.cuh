@@ -11,7 +11,7 @@
 #pragma once
 
 #include "attention/attention_backward.cuh"
-#include "attention/attention_mma_tile.cuh"
+#include "attention/attention_mma_score.cuh"
 
 namespace fused {
 namespace {
@@ -63,6 +63,7 @@ struct Gradients {
   const Band band;
 
   // Turns products into weights: `scores` to keep * p, `dots` to the derivative by scale * q . k.
+  // On the way `dots` is that divided by p: the slopes of all scores would have no room beside it.
   // `whole` says that no border touches the tile. terms_of(m, half, n, i) gives the terms of an
   // element's row.
   template <typename TermsOf>
@@ -70,28 +71,29 @@ struct Gradients {
                                         bool whole, const TermsOf& terms_of,
                                         float (&scores)[kM][kN][4],
                                         float (&dots)[kM][kN][4]) const {
-    const float scale = p.scale.in_float;
+    const ScoreTile<kOwnsQueries> tile{p, sequence, band, head, first_own, first_other};
+    const bool drops = kOptions && p.maybe_rng != nullptr;
+    Dropped<kM, kN> dropped;
+    if (drops) dropped.draw(tile);
+    const auto keep = [&](int m, int n, int i) {
+      return drops ? dropped.scale(m, n, i, p.keep_scale.in_float) : 1.0f;
+    };
+    for_each_element<kM, kN>([&](int m, int n, int i) {
+      // Rounded as in the forward pass, not joined with the difference: the largest is the maximum.
+      scores[m][n][i] = __fmul_rn(scores[m][n][i], p.scale.in_float);
+      dots[m][n][i] = keep(m, n, i) * dots[m][n][i] - terms_of(m, i / 2, n, i % 2).delta;
+    });
+    if (kOptions) {
+      tile.apply_options(scores, [&](int m, int n, int i, float slope) { dots[m][n][i] *= slope; });
+    }
+    if (!whole) tile.hide_outside(scores);
     for_each_element<kM, kN>([&](int m, int n, int i) {
       const RowTerms terms = terms_of(m, i / 2, n, i % 2);
-      // Rounded as in the forward pass, not joined with the difference: the largest is the maximum.
-      Score<float> score{__fmul_rn(scores[m][n][i], scale), 1.0f};
-      float keep = 1;
-      if (kOptions || !whole) {
-        const int32_t own = first_own + row_of_element(m, i);
-        const int32_t other = first_other + column_of_element(n, i);
-        const int32_t row = kOwnsQueries ? own : other, column = kOwnsQueries ? other : own;
-        score = row < sequence.seqlen_q && column < sequence.seqlen_k
-                    ? final_score<float, kOptions>(p, sequence, band, head, row, column,
-                                                   scores[m][n][i])
-                    : Score<float>{kHiddenScore<float>, 0.0f};
-        if (kOptions && p.maybe_rng != nullptr) {
-          keep = dropout_scale<float>(p, sequence, head, row, column);
-        }
-      }
-      const float probability = exp_below(score.value, terms.max) * terms.inverse_sum;
-      const auto weight = weigh_score(score, probability, keep, dots[m][n][i], terms.delta);
+      const float probability = exp_below(scores[m][n][i], terms.max) * terms.inverse_sum;
+      const auto weight = weigh_score(Score<float>{scores[m][n][i], 1.0f}, probability,
+                                      keep(m, n, i), dots[m][n][i]);
       scores[m][n][i] = weight.kept;
-      dots[m][n][i] = weight.gradient * weight.slope;
+      dots[m][n][i] = weight.gradient;
     });
   }
 };

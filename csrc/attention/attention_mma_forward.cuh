@@ -9,7 +9,7 @@
 
 #include <cfloat>
 
-#include "attention/attention_mma_tile.cuh"
+#include "attention/attention_mma_score.cuh"
 #include "attention/attention_split.h"
 
 namespace fused {
@@ -36,24 +36,6 @@ struct MmaSoftmax {
 template <bool kOptions>
 __device__ __forceinline__ float score_unit(const AttentionForwardParams& p) {
   return kOptions ? 1.0f : p.scale.in_float;
-}
-
-// Turns products into scores, for a tile that a border or an option touches.
-template <bool kOptions, int kM, int kN>
-__device__ __forceinline__ void finish_scores(const AttentionForwardParams& p, const Band& band,
-                                              const MmaPlace& place, int32_t first_row,
-                                              int32_t first_key, float (&scores)[kM][kN][4]) {
-  for_each_element<kM, kN>([&](int m, int n, int i) {
-    const int32_t row = first_row + row_of_element(m, i);
-    const int32_t column = first_key + column_of_element(n, i);
-    const bool inside = row < place.sequence.seqlen_q && column < place.sequence.seqlen_k;
-    float& score = scores[m][n][i];
-    if (!inside || (!kOptions && !is_visible(band, row, column))) {
-      score = kHiddenScore<float>;
-    } else if (kOptions) {
-      score = final_score<float>(p, place.sequence, band, place.head, row, column, score).value;
-    }
-  });
 }
 
 // Turns scores into their weights, and brings what was summed up so far to the new maximum.
@@ -98,13 +80,11 @@ __device__ __forceinline__ void softmax_step(float unit_log2, float (&scores)[kM
 }
 
 template <int kM, int kN>
-__device__ __forceinline__ void drop(const AttentionForwardParams& p, const MmaPlace& place,
-                                     int32_t first_row, int32_t first_key,
-                                     float (&weights)[kM][kN][4]) {
+__device__ __forceinline__ void drop(const ScoreTile<true>& tile, float (&weights)[kM][kN][4]) {
+  Dropped<kM, kN> dropped;
+  dropped.draw(tile);
   for_each_element<kM, kN>([&](int m, int n, int i) {
-    const int32_t row = first_row + row_of_element(m, i);
-    const int32_t column = first_key + column_of_element(n, i);
-    weights[m][n][i] *= dropout_scale<float>(p, place.sequence, place.head, row, column);
+    weights[m][n][i] *= dropped.scale(m, n, i, tile.p.keep_scale.in_float);
   });
 }
 
@@ -192,11 +172,16 @@ __device__ __forceinline__ void attend(const AttentionForwardParams& p) {
     const int stage = tile % Tile::kStages;
     float scores[kM][kN][4];
     row_products<kDim>(memory.own, warp_row, memory.k[stage], scores);
-    if (kOptions || seen != Sight::kAll || num_keys != Tile::kOthers) {
-      finish_scores<kOptions>(p, band, place, first_row, key, scores);
+    const ScoreTile<true> score_tile{p, sequence, band, place.head, first_row, key};
+    if (kOptions) {
+      for_each_element<kM, kN>([&](int m, int n, int i) {
+        scores[m][n][i] = __fmul_rn(scores[m][n][i], p.scale.in_float);
+      });
+      score_tile.apply_options(scores, [](int, int, int, float) {});
     }
+    if (seen != Sight::kAll || num_keys != Tile::kOthers) score_tile.hide_outside(scores);
     softmax_step(unit_log2, scores, running, result);
-    if (kOptions && p.maybe_rng != nullptr) drop(p, place, first_row, key, scores);
+    if (kOptions && p.maybe_rng != nullptr) drop(score_tile, scores);
     Weights<T, kM, kN> weights;
     to_weights<T>(scores, weights);
     accumulate<kDim>(weights, memory.v[stage], result);

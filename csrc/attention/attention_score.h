@@ -23,19 +23,37 @@ FUSED_HOST_DEVICE Score<A> softcapped(A softcap, A tanh_of_ratio) {
   return {softcap * tanh_of_ratio, 1 - tanh_of_ratio * tanh_of_ratio};
 }
 
-template <typename A>
-FUSED_HOST_DEVICE A load_mask(const AttentionMask& mask, int64_t offset) {
+// f(0 of the type that a mask is read as); a boolean one's elements are the bytes that they are.
+template <typename F>
+FUSED_HOST_DEVICE auto visit_mask(const AttentionMask& mask, const F& f) {
+  if (mask.kind == MaskKind::kBool) return f(uint8_t{});
   switch (mask.dtype) {
     case DType::kFloat64:
-      return static_cast<A>(static_cast<const double*>(mask.data)[offset]);
+      return f(double{});
     case DType::kFloat16:
-      return static_cast<A>(load(static_cast<const Half*>(mask.data)[offset]));
+      return f(Half{});
     case DType::kBFloat16:
-      return static_cast<A>(load(static_cast<const BFloat16*>(mask.data)[offset]));
+      return f(BFloat16{});
     case DType::kFloat32:
       break;
   }
-  return static_cast<A>(static_cast<const float*>(mask.data)[offset]);
+  return f(float{});
+}
+
+FUSED_HOST_DEVICE int64_t mask_offset(const AttentionMask& mask, const Sequence& sequence,
+                                      int32_t head, int32_t row, int32_t column) {
+  return sequence.index * mask.batch_stride + head * mask.head_stride + row * mask.row_stride +
+         column * mask.column_stride;
+}
+
+// A score under an element of a mask. A hidden one is hidden even if it is NaN.
+template <typename A, typename M>
+FUSED_HOST_DEVICE A masked(A score, M element) {
+  if constexpr (std::is_same_v<M, uint8_t>) {
+    return element != 0 ? score : kHiddenScore<A>;
+  } else {
+    return score + static_cast<A>(load(element));
+  }
 }
 
 // Whether a score is scale * q . k wherever a row sees a key.
@@ -64,13 +82,10 @@ FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Se
   const AttentionMask& mask = problem.mask;
   if (mask.kind == MaskKind::kNone) return score;
   if (row >= mask.rows || column >= mask.columns) return {kHiddenScore<A>, A(0)};
-  const int64_t offset = sequence.index * mask.batch_stride + head * mask.head_stride +
-                         row * mask.row_stride + column * mask.column_stride;
-  if (mask.kind == MaskKind::kAdditive) {
-    score.value += load_mask<A>(mask, offset);
-  } else if (!static_cast<const bool*>(mask.data)[offset]) {
-    score.value = kHiddenScore<A>;
-  }
+  const int64_t offset = mask_offset(mask, sequence, head, row, column);
+  score.value = visit_mask(mask, [&](auto zero) {
+    return masked(score.value, static_cast<const decltype(zero)*>(mask.data)[offset]);
+  });
   return score;
 }
 
@@ -216,11 +231,11 @@ FUSED_HOST_DEVICE HeadGradients head_gradients(const AttentionBackwardParams& p,
   return gradients;
 }
 
-// What dropout multiplies element (sequence, head, row, column) of p by: a pure function of its
-// place and of (seed, offset). One Philox call gives the bits of four neighbouring columns.
-template <typename A>
-FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, const Sequence& sequence,
-                                  int32_t head, int32_t row, int32_t column) {
+// Which of the four columns from column / 4 * 4 on dropout takes in a row of p, bit j for the jth:
+// a pure function of their place and of (seed, offset), the bits of one Philox call.
+FUSED_HOST_DEVICE uint32_t dropped_columns(const AttentionProblem& problem,
+                                           const Sequence& sequence, int32_t head, int32_t row,
+                                           int32_t column) {
   const uint64_t seed = static_cast<uint64_t>(problem.maybe_rng[0]);
   const uint64_t offset = static_cast<uint64_t>(problem.maybe_rng[1]);
   const uint32_t head_of_batch =
@@ -230,11 +245,17 @@ FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, const Sequenc
   const Philox4 random =
       philox4x32_10(key, Philox4{static_cast<uint32_t>(column) / 4, static_cast<uint32_t>(row),
                                  head_of_batch, static_cast<uint32_t>(offset)});
-  const uint32_t bits = column % 4 == 0   ? random.x
-                        : column % 4 == 1 ? random.y
-                        : column % 4 == 2 ? random.z
-                                          : random.w;
-  return bits < problem.drop_threshold ? A(0) : problem.keep_scale.as<A>();
+  const auto dropped = [&](uint32_t bits) -> uint32_t { return bits < problem.drop_threshold; };
+  return dropped(random.x) | dropped(random.y) << 1 | dropped(random.z) << 2 |
+         dropped(random.w) << 3;
+}
+
+// What dropout multiplies element (sequence, head, row, column) of p by.
+template <typename A>
+FUSED_HOST_DEVICE A dropout_scale(const AttentionProblem& problem, const Sequence& sequence,
+                                  int32_t head, int32_t row, int32_t column) {
+  const uint32_t dropped = dropped_columns(problem, sequence, head, row, column);
+  return dropped >> column % 4 & 1 ? A(0) : problem.keep_scale.as<A>();
 }
 
 }  // namespace fused
