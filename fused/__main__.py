@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from fused._cli import CommandError
+from fused._version import __version__
 
 # Imported only when asked for: each has a main(argv) that returns the exit status.
 _COMMANDS = {
@@ -26,7 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    parser.add_argument("--version", action="version", version=f"fused {__version__}")
+    arguments = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(arguments or ["--help"])
     module, _ = _COMMANDS[args.command]
     try:
         return importlib.import_module(module).main(args.arguments)

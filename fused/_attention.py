@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, TypedDict, TypeGuard, overload
 
 import torch
@@ -223,6 +224,8 @@ def make_options(
             "attention: causal_alignment must be 'top_left' or 'bottom_right', "
             f"got {causal_alignment!r}"
         )
+    if window is not None and not (isinstance(window, Sequence) and len(window) == 2):
+        raise ValueError(f"attention: window must be (left, right), got {window}")
     left, right = (-1, -1) if window is None else window
     if left < -1 or right < -1:
         raise ValueError(f"attention: window must have bounds of at least -1, got {window}")
@@ -275,6 +278,8 @@ def mask_of(bias: CausalBias, device: torch.device) -> Tensor:
 
 def _head_values(argument: str, values: Tensor, query: Tensor) -> Tensor:
     """Slopes or sink [H], checked, in the dtype that the kernels compute in."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"attention: {argument} must be a tensor, got {type(values).__name__}")
     heads = query.shape[-3] if query.dim() >= 3 else None
     if values.dim() != 1 or values.shape[0] != heads:
         raise ValueError(

@@ -126,16 +126,25 @@ def _conv(
     if reason is not None:
         out = _STOCK[axes](input, weight, bias, stride, padding, dilation, groups)
         return out if activation is None else _ACTIVATIONS[activation](out)
-    stride, dilation = _per_axis(axes, stride), _per_axis(axes, dilation)
+    if input.dim() not in (axes + 1, axes + 2):
+        raise ValueError(
+            f"{op}: input must have {axes + 1} or {axes + 2} dimensions, got {list(input.shape)}"
+        )
+    stride = _per_axis(op, axes, "stride", stride)
+    dilation = _per_axis(op, axes, "dilation", dilation)
     options = (stride, _pad(op, axes, weight, stride, padding, dilation), dilation, groups)
     if input.dim() == axes + 1:
         return _run(input.unsqueeze(0), weight, bias, *options, activation).squeeze(0)
     return _run(input, weight, bias, *options, activation)
 
 
-def _per_axis(axes: int, value: _Ints) -> list[int]:
+def _per_axis(op: str, axes: int, argument: str, value: _Ints) -> list[int]:
     """One element per axis: an int and a single element stand for all, as in stock."""
-    values = [value] if isinstance(value, int | torch.SymInt) else list(value)
+    if isinstance(value, int | torch.SymInt):
+        return [value] * axes
+    values = list(value) if isinstance(value, Sequence) else []
+    if len(values) not in (1, axes):
+        raise ValueError(f"{op}: {argument} must be one int or {axes}, got {value}")
     return values * axes if len(values) == 1 else values
 
 
@@ -149,7 +158,7 @@ def _pad(
 ) -> list[int]:
     """What goes before each axis, then what goes after each."""
     if not isinstance(padding, str):
-        return _per_axis(axes, padding) * 2
+        return _per_axis(op, axes, "padding", padding) * 2
     if padding == "valid":
         return [0] * (2 * axes)
     if padding != "same":

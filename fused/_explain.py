@@ -57,6 +57,9 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
       not CUDA kernel: the tensors are on cpu
       not composite: a kernel covers the call
     """
+    if not callable(function):
+        kind = type(function).__name__
+        raise TypeError(f"explain: function must be one, such as an optimizer's step, got {kind}")
     decisions: list[Decision] = []
 
     def listener(op: str, device: torch.device, reason: str | None) -> None:

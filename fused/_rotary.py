@@ -40,6 +40,8 @@ def rotary_embedding(
         TypeError: query and key of different dtypes, or a tensor that is not floating.
         ValueError: shapes or devices that do not go together.
     """
+    if query.dim() not in (3, 4):
+        raise ValueError(f"rotary: query must have 3 or 4 dimensions, got {list(query.shape)}")
     if query.dim() == 3:
         batch = (query.unsqueeze(0), key.unsqueeze(0))
         turned = rotary_embedding(*batch, cos, sin, interleaved=interleaved)

@@ -235,6 +235,9 @@ def test_a_mask_and_causality_mean_both_as_on_stocks_cpu() -> None:
     [
         (ValueError, "window must have bounds of at least -1, got (-2, 0)", {"window": (-2, 0)}),
         (ValueError, "window must have bounds of at least -1, got (0, -2)", {"window": (0, -2)}),
+        (ValueError, "window must be (left, right), got 3", {"window": 3}),
+        (ValueError, "window must be (left, right), got (1,)", {"window": (1,)}),
+        (TypeError, "alibi_slopes must be a tensor, got list", {"alibi_slopes": [0.5, 0.5]}),
         (ValueError, "softcap must be positive and finite, got 0.0", {"softcap": 0.0}),
         (ValueError, "softcap must be positive and finite, got inf", {"softcap": float("inf")}),
         (

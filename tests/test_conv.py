@@ -323,6 +323,12 @@ def test_python_errors() -> None:
         functional.conv1d(input, weight, stride=2, padding="same")
     with pytest.raises(ValueError, match=r"conv1d: padding must be numbers, .*, got 'full'"):
         functional.conv1d(input, weight, padding="full")
+    for name, value in (("stride", 1.5), ("dilation", (1, 1, 1)), ("padding", (1, 2, 1, 2))):
+        with pytest.raises(ValueError) as caught:
+            functional.conv2d(input.unsqueeze(0), weight.unsqueeze(0), **{name: value})
+        assert str(caught.value) == f"conv2d: {name} must be one int or 2, got {value}"
+    with pytest.raises(ValueError, match=r"^conv2d: input must have 3 or 4 dimensions, got \[4\]"):
+        functional.conv2d(input[0, 0], weight.unsqueeze(0))
 
 
 def test_relu_stops_an_infinite_gradient(backend: torch.device) -> None:

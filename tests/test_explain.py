@@ -52,6 +52,12 @@ def test_a_module_and_a_function_without_ops() -> None:
     assert str(fused.explain(torch.sin, x)) == "no op of fused was called"
 
 
+def test_an_optimizer_in_place_of_its_step() -> None:
+    optimizer = fused.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(TypeError, match=r"such as an optimizer's step, got SGD$"):
+        fused.explain(optimizer)
+
+
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("with_state", [True, False])
 def test_a_packed_sequence(enforce_sorted: bool, with_state: bool) -> None:

@@ -129,7 +129,7 @@ def test_autocast_leaves_it_alone() -> None:
 
 Q, K, COS = (1, 2, 5, 8), (1, 1, 5, 8), (5, 4)
 WRONG: list[tuple[type[Exception], str, dict[str, Any]]] = [
-    (ValueError, "q must have 4 dimensions, got [5, 8]", {"q": (5, 8)}),
+    (ValueError, "query must have 3 or 4 dimensions, got [5, 8]", {"q": (5, 8)}),
     (ValueError, "k must have 4 dimensions, got [5, 8]", {"k": (5, 8)}),
     (
         ValueError,

@@ -10,6 +10,7 @@ from test_train_data import write_mnist
 
 from fused.__main__ import main
 from fused._cli import CommandError
+from fused._version import __version__
 from fused.train import data as data_module
 from fused.train import load_checkpoint, loop
 from fused.train.checkpoint import save_checkpoint
@@ -269,3 +270,11 @@ def test_unknown_command_shows_usage(capsys):
         main(["tarin"])
     assert exit_.value.code == 2
     assert "invalid choice: 'tarin'" in capsys.readouterr().err
+
+
+def test_no_command_shows_the_commands_and_a_version_is_there(capsys):
+    for arguments, text in (([], "commands:\n  info"), (["--version"], __version__)):
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0
+        assert text in capsys.readouterr().out
