@@ -4,11 +4,12 @@
 #   benchmarks/gpu_check.sh                      all parts, one after the other
 #   benchmarks/gpu_check.sh build tests          some of them, where one command may take ten minutes
 #
-# Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and memcheck-rotary or
-# bench-lstm, say, for one file of kernel tests or one op of it, each with ten minutes of its own.
-# Uses the machine's own torch, nvcc, ninja, pybind11 and pytest; what needs another package that is
-# not there is listed as not run. Each part leaves its findings in build/gpu_check, which build
-# empties; report gathers them in benchmarks/results/<gpu>.json, from which the README's figures come.
+# Parts: build, tests, memcheck, racecheck, synccheck, bench, report; and tests-cuda, memcheck-rotary
+# or bench-lstm, say, for the tests on the GPU, one file of kernel tests or one op of it, each with
+# ten minutes of its own. Uses the machine's own torch, nvcc, ninja, pybind11 and pytest, and
+# pytest-xdist where it is; what needs another package that is not there is listed as not run. Each
+# part leaves its findings in build/gpu_check, which build empties; report gathers them in
+# benchmarks/results/<gpu>.json, from which the README's figures come.
 # shellcheck disable=SC2329  # functions that `bash -c` calls
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
@@ -25,8 +26,9 @@ failed=0
 part() {
   local name=$1 began=$SECONDS
   echo "=== $name"
-  # memcheck-conv is the function memcheck with the argument conv.
-  timeout "$part_seconds" bash -c "${name/-/ }"
+  # memcheck-conv is the function memcheck with the argument conv. pytest that is interrupted still
+  # writes down what it has run.
+  timeout --signal=INT --kill-after=20 "$part_seconds" bash -c "${name/-/ }"
   local status=$?
   mkdir -p "$work"
   "$python" benchmarks/gpu_findings.py note "$name" "$status" $((SECONDS - began))
@@ -55,10 +57,17 @@ tree_without_package() {
 
 ignored_tests() { "$python" "$root/benchmarks/gpu_findings.py" ignored; }
 
+# Those on the GPU, one after the other; and the others, of which several processes can run a share.
 tests() {
   tree_without_package
+  local wanted=cuda share=()
+  if [[ $1 == others ]]; then
+    wanted="not cuda"
+    "$python" -c 'import xdist' 2>/dev/null && share=(-n 8) && export OMP_NUM_THREADS=2
+  fi
   # shellcheck disable=SC2046  # one --ignore for each word
-  "$python" -m pytest -q $(ignored_tests) --junitxml="$work/tests.xml" tests
+  "$python" -m pytest -q "${share[@]}" $(ignored_tests) -k "$wanted" \
+    --junitxml="$work/tests-$1.xml" tests
 }
 
 # One file of kernel tests, in one dtype where they have each case in all. Without torch's cache each
@@ -87,13 +96,15 @@ parts_of() {
   local each
   case $1 in
     all) for each in build tests memcheck racecheck synccheck bench report; do parts_of $each; done ;;
-    build | tests | report) echo "$1" ;;
+    build | report) echo "$1" ;;
+    tests) printf "tests-%s\n" cuda others ;;
     memcheck | racecheck | synccheck) printf "$1-%s\n" "${kernel_tests[@]}" ;;
     bench) printf "$1-%s\n" "${ops[@]}" ;;
     *)
-      for each in memcheck racecheck synccheck bench; do parts_of $each; done | grep -Fx -- "$1" && return
+      for each in tests memcheck racecheck synccheck bench; do parts_of $each; done |
+        grep -Fx -- "$1" && return
       echo "gpu_check: part must be build, tests, memcheck, racecheck, synccheck, bench or report," \
-        "or one of these four with a name behind it (memcheck-rotary, bench-lstm), got $1" >&2
+        "or one of these with a name behind it (tests-cuda, memcheck-rotary, bench-lstm), got $1" >&2
       return 1
       ;;
   esac

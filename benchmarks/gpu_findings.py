@@ -25,7 +25,8 @@ NOT_FOUND = 127  # the status with which a part says that its tool is not instal
 
 
 def note(part: str, status: str, seconds: str) -> None:
-    outcome = {0: "passed", NOT_FOUND: "not run: not installed", 124: "not finished in time"}
+    late = dict.fromkeys((124, 137), "not finished in time")  # interrupted, or killed after that
+    outcome = {0: "passed", NOT_FOUND: "not run: not installed"} | late
     finding = {"outcome": outcome.get(int(status), "failed"), "seconds": int(seconds)}
     (WORK / f"{part}.part.json").write_text(json.dumps(finding))
 
@@ -38,7 +39,8 @@ def missing_packages(path: Path) -> list[str]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.append(node.module)
-    tops = {name.split(".")[0] for name in names} - {"fused", "build_support", "conftest"}
+    own = {"fused", "build_support", *(each.stem for each in path.parent.iterdir())}
+    tops = {name.split(".")[0] for name in names} - own
     return sorted(top for top in tops if importlib.util.find_spec(top) is None)
 
 
@@ -51,9 +53,8 @@ def tests_not_run() -> dict[str, list[str]]:
 def test_counts() -> dict[str, dict[str, int]]:
     """Passed, failed and skipped tests by backend, from pytest's own record."""
     counts: dict[str, Counter[str]] = {}
-    path = WORK / "tests.xml"
-    cases = ElementTree.parse(path).iter("testcase") if path.exists() else ()
-    for case in cases:
+    records = [ElementTree.parse(path) for path in sorted(WORK.glob("tests-*.xml"))]
+    for case in (case for record in records for case in record.iter("testcase")):
         words = re.findall(r"\w+", case.get("name", ""))
         backend = next((b for b in ("cuda", "emulated", "cpu") if b in words), "other")
         tags = {child.tag for child in case}
