@@ -22,8 +22,8 @@ from pathlib import Path
 from build_support.errors import BuildError
 from build_support.toolchain import Compiler, Torch
 
-# The driver compiles PTX for GPUs that no machine code is for: that of 10.0, with tensor cores, from
-# Blackwell on, that of 7.5 for any from Turing on. None is left without.
+# The driver compiles PTX for GPUs that no machine code is for: that of 10.0, with tensor cores,
+# from Blackwell on, that of 7.5 for any from Turing on. None is left without.
 DEFAULT_ARCHITECTURES = "8.0 9.0a 10.0+PTX 12.0 7.5-PTX"
 MINIMUM_ARCHITECTURE = 75
 # The names that torch's own extensions take in TORCH_CUDA_ARCH_LIST.

@@ -5,8 +5,8 @@
 
 namespace fused {
 
-// Row `row` of a matrix, to be written, or only to be read. Reading leaves a lazily copied tensor as
-// it is, which threads of a parallel region may not have copied.
+// Row `row` of a matrix, to be written, or only to be read. Reading leaves a lazily copied tensor
+// as it is, which threads of a parallel region may not have copied.
 inline void* row_pointer(const at::Tensor& matrix, int64_t row) {
   return static_cast<char*>(matrix.mutable_data_ptr()) +
          row * matrix.stride(0) * matrix.element_size();
