@@ -204,8 +204,8 @@ __global__ void __launch_bounds__(kAttentionThreads, sizeof(Accumulator<T>) == 8
   store_sums(gradient, tiles, target, p.mask.rows - first_row, p.mask.columns - first_key);
 }
 
-// Adds up the parts of a mask's gradient. Its elements are many, or few with many parts each:
-// either finds work for many threads where a few have each.
+// Adds up the parts of a mask's gradient, a few lanes for each element: there are many elements of
+// few parts, or few of many.
 constexpr int kLanesPerSum = 8;
 
 template <typename A>

@@ -11,7 +11,8 @@ namespace fused {
 // A tile of the gradient, and a tile of each score matrix that is added up to it.
 constexpr int32_t kScoreRows = 64, kScoreKeys = 32;
 
-// Blocks that fill any GPU a few times over, and tiles of scores that are worth a block's while.
+// Blocks that fill any GPU a few times over, and the tiles of scores that a part shall have at
+// least, by the mean, to be worth a block. Neither is tuned on a GPU.
 constexpr int64_t kScoreBlocks = 1024;
 constexpr int64_t kScoreSteps = 8;
 
@@ -59,7 +60,7 @@ inline ScoreParts score_parts(const AttentionProblem& p, const ScoreGradient& gr
   return parts;
 }
 
-// What the gradient of the mask consists of.
+// Elements of the mask's gradient.
 FUSED_HOST_DEVICE int64_t score_gradient_size(const AttentionProblem& p,
                                               const ScoreGradient& gradient) {
   return (gradient.batch_stride == 0 ? int64_t{1} : p.num_sequences) *
