@@ -141,7 +141,9 @@ __device__ __forceinline__ void split_products(const AttentionForwardParams& p,
     for (int r = 0; r < kRows; ++r) {
       const GroupRow row = group_row(p, place, r);
       const auto of_head = query_matrix<T>(p.q, p.q_strides, place.sequence, row.head, p.head_dim);
-      const Pack<T> pack = load_part<false>(of_head, row.query, column, row.exists);
+      const Pack<T> pack = is_whole(of_head)
+                               ? load_part<true>(of_head, row.query, column, row.exists)
+                               : load_part<false>(of_head, row.query, column, row.exists);
 #pragma unroll
       for (int e = 0; e < kSize; ++e) q[r][e] = load(pack.element[e]);
     }
