@@ -79,7 +79,7 @@ struct ScoreTile {
       const int32_t row = row_of(m, n, i), column = column_of(m, n, i);
       const bool seen =
           row < sequence.seqlen_q && column < sequence.seqlen_k && is_visible(band, row, column);
-      scores[m][n][i] = seen ? scores[m][n][i] : kHiddenScore<float>;
+      if (!seen) scores[m][n][i] = kHiddenScore<float>;
     });
   }
 };
