@@ -62,15 +62,13 @@ FUSED_HOST_DEVICE bool has_no_score_options(const AttentionProblem& problem) {
          problem.mask.kind == MaskKind::kNone;
 }
 
-// The score of an element inside the matrix, given q . k; -inf where it is hidden. Without kOptions
-// for a problem that has_no_score_options.
-template <typename A, bool kOptions = true>
+// The score of an element inside the matrix, given q . k; -inf where it is hidden.
+template <typename A>
 FUSED_HOST_DEVICE Score<A> final_score(const AttentionProblem& problem, const Sequence& sequence,
                                        const Band& band, int32_t head, int32_t row, int32_t column,
                                        A dot) {
   if (!is_visible(band, row, column)) return {kHiddenScore<A>, A(0)};
   Score<A> score{dot * problem.scale.as<A>(), A(1)};
-  if (!kOptions) return score;
   const A softcap = problem.softcap.as<A>();
   if (softcap != 0) {
     score = softcapped(softcap, std::tanh(score.value / softcap));
