@@ -35,67 +35,67 @@ constexpr int kMmaStages = 2;
 //   f  and fewer than registers have room for, so that a multiprocessor of sm_80 has two blocks
 // None of them spills.
 constexpr MmaSizes kMmaSizes[] = {
-    {MmaPass::kForward, 16, false, 32, 2, 64},         // 24 KB, 176 / 210, 2 / 2: a
-    {MmaPass::kForward, 16, false, 64, 2, 64},         // 48 KB, 229 / 250, 2 / 2: a
-    {MmaPass::kForward, 16, false, 96, 2, 32},         // 48 KB, 210 / 226, 2 / 2: a c
-    {MmaPass::kForward, 16, false, 128, 2, 32},        // 64 KB, 249 / 255, 2 / 2: a c
-    {MmaPass::kForward, 16, false, 192, 1, 32},        // 72 KB, 202 / 221, 2 / 2: b c
-    {MmaPass::kForward, 16, false, 256, 1, 32},        // 96 KB, 237 / 242, 1 / 2: b c
-    {MmaPass::kForward, 16, true, 32, 1, 64},          // 20 KB, 194 / 216, 2 / 2: b
-    {MmaPass::kForward, 16, true, 64, 1, 64},          // 40 KB, 198 / 248, 2 / 2: b
-    {MmaPass::kForward, 16, true, 96, 1, 32},          // 36 KB, 190 / 224, 2 / 2: b c
-    {MmaPass::kForward, 16, true, 128, 1, 32},         // 48 KB, 202 / 244, 2 / 2: b c
-    {MmaPass::kForward, 16, true, 192, 1, 32},         // 72 KB, 234 / 248, 2 / 2: b c
-    {MmaPass::kForward, 16, true, 256, 1, 16},         // 64 KB, 241 / 248, 2 / 2: b d
-    {MmaPass::kQueryGradient, 16, false, 32, 1, 64},   // 25 KB, 162 / 177, 3 / 2: b
-    {MmaPass::kQueryGradient, 16, false, 64, 1, 64},   // 49 KB, 202 / 207, 2 / 2: b
-    {MmaPass::kQueryGradient, 16, false, 96, 1, 32},   // 48 KB, 176 / 180, 2 / 2: b c
-    {MmaPass::kQueryGradient, 16, false, 128, 1, 32},  // 64 KB, 195 / 204, 2 / 2: b c
-    {MmaPass::kQueryGradient, 16, false, 192, 1, 32},  // 96 KB, 226 / 232, 1 / 2: b c
+    {MmaPass::kForward, 16, false, 32, 2, 64},         // 24 KB, 168 / 182, 3 / 2: a
+    {MmaPass::kForward, 16, false, 64, 2, 64},         // 48 KB, 227 / 239, 2 / 2: a
+    {MmaPass::kForward, 16, false, 96, 2, 32},         // 48 KB, 213 / 225, 2 / 2: a c
+    {MmaPass::kForward, 16, false, 128, 2, 32},        // 64 KB, 246 / 255, 2 / 2: a c
+    {MmaPass::kForward, 16, false, 192, 1, 32},        // 72 KB, 205 / 218, 2 / 2: b c
+    {MmaPass::kForward, 16, false, 256, 1, 32},        // 96 KB, 237 / 244, 1 / 2: b c
+    {MmaPass::kForward, 16, true, 32, 1, 64},          // 20 KB, 195 / 234, 2 / 2: b
+    {MmaPass::kForward, 16, true, 64, 1, 64},          // 40 KB, 236 / 248, 2 / 2: b
+    {MmaPass::kForward, 16, true, 96, 1, 32},          // 36 KB, 168 / 196, 3 / 3: b c
+    {MmaPass::kForward, 16, true, 128, 1, 32},         // 48 KB, 192 / 216, 2 / 2: b c
+    {MmaPass::kForward, 16, true, 192, 1, 32},         // 72 KB, 222 / 242, 2 / 2: b c
+    {MmaPass::kForward, 16, true, 256, 1, 16},         // 64 KB, 240 / 244, 2 / 2: b d
+    {MmaPass::kQueryGradient, 16, false, 32, 1, 64},   // 24 KB, 162 / 176, 3 / 3: b
+    {MmaPass::kQueryGradient, 16, false, 64, 1, 64},   // 48 KB, 203 / 215, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, false, 96, 1, 32},   // 48 KB, 168 / 174, 3 / 2: b c
+    {MmaPass::kQueryGradient, 16, false, 128, 1, 32},  // 64 KB, 194 / 200, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, false, 192, 1, 32},  // 96 KB, 226 / 234, 1 / 2: b c
     {MmaPass::kQueryGradient, 16, false, 256, 1, 16},  // 96 KB, 232 / 241, 1 / 2: b d
-    {MmaPass::kQueryGradient, 16, true, 32, 1, 64},    // 25 KB, 178 / 202, 2 / 2: b
-    {MmaPass::kQueryGradient, 16, true, 64, 1, 64},    // 49 KB, 208 / 214, 2 / 2: b
-    {MmaPass::kQueryGradient, 16, true, 96, 1, 32},    // 48 KB, 182 / 204, 2 / 2: b c
-    {MmaPass::kQueryGradient, 16, true, 128, 1, 32},   // 64 KB, 202 / 226, 2 / 2: b c
-    {MmaPass::kQueryGradient, 16, true, 192, 1, 32},   // 96 KB, 232 / 238, 1 / 2: b c
-    {MmaPass::kQueryGradient, 16, true, 256, 1, 16},   // 96 KB, 240 / 240, 1 / 2: b d
-    {MmaPass::kKeyGradient, 16, false, 32, 1, 64},     // 25 KB, 201 / 216, 2 / 2: b
-    {MmaPass::kKeyGradient, 16, false, 64, 1, 64},     // 49 KB, 246 / 245, 2 / 2: b
-    {MmaPass::kKeyGradient, 16, false, 96, 1, 32},     // 48 KB, 212 / 241, 2 / 2: b c
-    {MmaPass::kKeyGradient, 16, false, 128, 1, 32},    // 64 KB, 247 / 255, 2 / 2: b c
-    {MmaPass::kKeyGradient, 16, false, 192, 1, 32},    // 96 KB, 228 / 244, 1 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 32, 1, 64},    // 24 KB, 254 / 254, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, true, 64, 1, 64},    // 48 KB, 245 / 254, 2 / 2: b
+    {MmaPass::kQueryGradient, 16, true, 96, 1, 32},    // 48 KB, 183 / 192, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 128, 1, 32},   // 64 KB, 201 / 219, 2 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 192, 1, 32},   // 96 KB, 244 / 246, 1 / 2: b c
+    {MmaPass::kQueryGradient, 16, true, 256, 1, 16},   // 96 KB, 243 / 244, 1 / 2: b d
+    {MmaPass::kKeyGradient, 16, false, 32, 1, 64},     // 25 KB, 179 / 192, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, false, 64, 1, 64},     // 49 KB, 236 / 238, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, false, 96, 1, 32},     // 48 KB, 212 / 224, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, false, 128, 1, 32},    // 64 KB, 246 / 251, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, false, 192, 1, 32},    // 96 KB, 228 / 242, 1 / 2: b c
     {MmaPass::kKeyGradient, 16, false, 256, 1, 16},    // 96 KB, 255 / 255, 1 / 2: b d
-    {MmaPass::kKeyGradient, 16, true, 32, 1, 64},      // 25 KB, 224 / 228, 2 / 2: b
-    {MmaPass::kKeyGradient, 16, true, 64, 1, 32},      // 32 KB, 203 / 230, 2 / 2: b c
-    {MmaPass::kKeyGradient, 16, true, 96, 1, 32},      // 48 KB, 229 / 240, 2 / 2: b c
-    {MmaPass::kKeyGradient, 16, true, 128, 1, 32},     // 64 KB, 254 / 247, 2 / 2: b c
-    {MmaPass::kKeyGradient, 16, true, 192, 1, 32},     // 96 KB, 238 / 238, 1 / 2: b c
-    {MmaPass::kKeyGradient, 16, true, 256, 1, 16},     // 96 KB, 241 / 241, 1 / 2: b d
+    {MmaPass::kKeyGradient, 16, true, 32, 1, 64},      // 25 KB, 255 / 253, 2 / 2: b
+    {MmaPass::kKeyGradient, 16, true, 64, 1, 32},      // 32 KB, 222 / 223, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 96, 1, 32},      // 48 KB, 250 / 241, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 128, 1, 32},     // 64 KB, 249 / 254, 2 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 192, 1, 32},     // 96 KB, 236 / 250, 1 / 2: b c
+    {MmaPass::kKeyGradient, 16, true, 256, 1, 16},     // 96 KB, 242 / 243, 1 / 2: b d
     // float32, as tf32.
-    {MmaPass::kForward, 32, false, 32, 2, 64},         // 48 KB, 186 / 211, 2 / 2: a
-    {MmaPass::kForward, 32, false, 64, 2, 32},         // 64 KB, 178 / 193, 2 / 2: a f
-    {MmaPass::kForward, 32, false, 96, 2, 16},         // 72 KB, 186 / 200, 2 / 2: a f
-    {MmaPass::kForward, 32, false, 128, 2, 16},        // 96 KB, 218 / 232, 1 / 2: a d
-    {MmaPass::kForward, 32, true, 32, 1, 64},          // 40 KB, 188 / 222, 2 / 2: b
-    {MmaPass::kForward, 32, true, 64, 1, 64},          // 80 KB, 206 / 225, 2 / 2: b
-    {MmaPass::kForward, 32, true, 96, 1, 32},          // 72 KB, 194 / 206, 2 / 2: b f
-    {MmaPass::kForward, 32, true, 128, 1, 16},         // 64 KB, 184 / 208, 2 / 2: b f
-    {MmaPass::kQueryGradient, 32, false, 32, 1, 64},   // 49 KB, 158 / 181, 3 / 2: b
-    {MmaPass::kQueryGradient, 32, false, 64, 1, 32},   // 64 KB, 148 / 172, 2 / 2: b f
-    {MmaPass::kQueryGradient, 32, false, 96, 1, 16},   // 72 KB, 144 / 200, 2 / 2: b f
-    {MmaPass::kQueryGradient, 32, false, 128, 1, 16},  // 96 KB, 161 / 216, 1 / 2: b d
-    {MmaPass::kQueryGradient, 32, true, 32, 1, 64},    // 49 KB, 164 / 204, 3 / 2: b
-    {MmaPass::kQueryGradient, 32, true, 64, 1, 32},    // 64 KB, 153 / 200, 2 / 2: b f
-    {MmaPass::kQueryGradient, 32, true, 96, 1, 16},    // 72 KB, 158 / 186, 2 / 2: b f
-    {MmaPass::kQueryGradient, 32, true, 128, 1, 16},   // 96 KB, 174 / 210, 1 / 2: b d
-    {MmaPass::kKeyGradient, 32, false, 32, 1, 64},     // 49 KB, 199 / 234, 2 / 2: b
-    {MmaPass::kKeyGradient, 32, false, 64, 1, 32},     // 64 KB, 178 / 202, 2 / 2: b f
-    {MmaPass::kKeyGradient, 32, false, 96, 1, 16},     // 72 KB, 185 / 202, 2 / 2: b f
-    {MmaPass::kKeyGradient, 32, false, 128, 1, 16},    // 96 KB, 217 / 238, 1 / 2: b d
-    {MmaPass::kKeyGradient, 32, true, 32, 1, 64},      // 49 KB, 216 / 224, 2 / 2: b
-    {MmaPass::kKeyGradient, 32, true, 64, 1, 32},      // 64 KB, 197 / 226, 2 / 2: b f
-    {MmaPass::kKeyGradient, 32, true, 96, 1, 16},      // 72 KB, 196 / 226, 2 / 2: b f
-    {MmaPass::kKeyGradient, 32, true, 128, 1, 16},     // 96 KB, 229 / 242, 1 / 2: b d
+    {MmaPass::kForward, 32, false, 32, 2, 64},         // 48 KB, 176 / 190, 2 / 2: a
+    {MmaPass::kForward, 32, false, 64, 2, 32},         // 64 KB, 177 / 188, 2 / 2: a f
+    {MmaPass::kForward, 32, false, 96, 2, 16},         // 72 KB, 188 / 198, 2 / 2: a f
+    {MmaPass::kForward, 32, false, 128, 2, 16},        // 96 KB, 220 / 230, 1 / 2: a d
+    {MmaPass::kForward, 32, true, 32, 1, 64},          // 40 KB, 195 / 244, 2 / 2: b
+    {MmaPass::kForward, 32, true, 64, 1, 64},          // 80 KB, 236 / 254, 2 / 2: b
+    {MmaPass::kForward, 32, true, 96, 1, 32},          // 72 KB, 168 / 194, 2 / 3: b f
+    {MmaPass::kForward, 32, true, 128, 1, 16},         // 64 KB, 154 / 172, 2 / 3: b f
+    {MmaPass::kQueryGradient, 32, false, 32, 1, 64},   // 48 KB, 145 / 168, 3 / 3: b
+    {MmaPass::kQueryGradient, 32, false, 64, 1, 32},   // 64 KB, 147 / 180, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, false, 96, 1, 16},   // 72 KB, 172 / 224, 2 / 2: b f
+    {MmaPass::kQueryGradient, 32, false, 128, 1, 16},  // 96 KB, 192 / 240, 1 / 2: b d
+    {MmaPass::kQueryGradient, 32, true, 32, 1, 64},    // 48 KB, 254 / 247, 2 / 2: b
+    {MmaPass::kQueryGradient, 32, true, 64, 1, 32},    // 64 KB, 168 / 198, 2 / 3: b f
+    {MmaPass::kQueryGradient, 32, true, 96, 1, 16},    // 72 KB, 156 / 166, 2 / 3: b f
+    {MmaPass::kQueryGradient, 32, true, 128, 1, 16},   // 96 KB, 172 / 192, 1 / 2: b d
+    {MmaPass::kKeyGradient, 32, false, 32, 1, 64},     // 49 KB, 180 / 202, 2 / 2: b
+    {MmaPass::kKeyGradient, 32, false, 64, 1, 32},     // 64 KB, 183 / 196, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, false, 96, 1, 16},     // 72 KB, 184 / 198, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, false, 128, 1, 16},    // 96 KB, 216 / 238, 1 / 2: b d
+    {MmaPass::kKeyGradient, 32, true, 32, 1, 64},      // 49 KB, 252 / 253, 2 / 2: b
+    {MmaPass::kKeyGradient, 32, true, 64, 1, 32},      // 64 KB, 220 / 222, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, true, 96, 1, 16},      // 72 KB, 201 / 210, 2 / 2: b f
+    {MmaPass::kKeyGradient, 32, true, 128, 1, 16},     // 96 KB, 233 / 240, 1 / 2: b d
 };
 
 constexpr MmaSizes find_mma_sizes(MmaPass pass, int bits, bool options, int head_dim) {

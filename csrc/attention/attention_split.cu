@@ -22,8 +22,10 @@ constexpr int kSplitThreads = 128;
 constexpr int kSplitWarps = kSplitThreads / kWarpSize;
 constexpr int kSplitBlocks = 4;  // of a multiprocessor: for more the compiler would rather spill
 constexpr int kSplitAhead = 4;   // packs of a thread that are on their way together
-// What a warp of the second kernel takes at a time: chunks, and columns of their sums.
-constexpr int kMergeChunks = 16;
+// What a warp of the second kernel takes at a time: chunks, as many as there are registers for, and
+// columns of their sums.
+template <typename A>
+constexpr int kMergeChunks = 64 / sizeof(A);
 constexpr int kMergeColumns = kSplitThreads, kMergePerLane = kMergeColumns / kWarpSize;
 
 // Sums of a warp are of so many columns at a time.
@@ -375,14 +377,14 @@ __global__ void __launch_bounds__(kSplitThreads, kSplitBlocks)
 
   T* out =
       query_rows(static_cast<T*>(p.out), p.out_strides, sequence, head) + row * p.out_strides.row;
+  constexpr int kChunks = kMergeChunks<A>;
   for (int32_t column = 0; column < p.head_dim_v; column += kMergeColumns) {
     A result[kMergePerLane] = {};
-    for (int32_t first = begin + warp * kMergeChunks; first < end;
-         first += kSplitWarps * kMergeChunks) {
-      const int32_t count = min(kMergeChunks, end - first);
+    for (int32_t first = begin + warp * kChunks; first < end; first += kSplitWarps * kChunks) {
+      const int32_t count = min(kChunks, end - first);
       const A own_factor = lane < count ? factor_of(first + lane) : A(0);
 #pragma unroll
-      for (int i = 0; i < kMergeChunks; ++i) {
+      for (int i = 0; i < kChunks; ++i) {
         const A factor = __shfl_sync(kFullWarp, own_factor, i);
         const A* of_chunk = partials + (first + i) * stride + column;
 #pragma unroll
