@@ -51,6 +51,13 @@ TESTS = {
         "tests/test_attention_options.py",
         "tests/test_attention_random.py",
     ],
+    "csrc/attention/attention_backward_scores.cu": [
+        "tests/test_attention_score_parts.py",
+        "tests/test_attention.py",
+        "tests/test_attention_options.py",
+        "tests/test_attention_varlen.py",
+        "tests/test_attention_random.py",
+    ],
     "csrc/attention/attention_split.cu": [
         "tests/test_attention_few_queries.py",
         "tests/test_attention_cache.py",
