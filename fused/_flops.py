@@ -8,7 +8,8 @@ somebody else imports it.
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
+from importlib.machinery import SourceFileLoader
+from importlib.util import find_spec, spec_from_file_location
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +44,14 @@ class _Finder:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
-        assert spec is not None and spec.loader is not None
-        run: Any = spec.loader.exec_module
+        assert spec is not None and spec.origin is not None
+        return spec_from_file_location(name, spec.origin, loader=_Loader(name, spec.origin))
 
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            _register(module)
 
-        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
-        return spec
+class _Loader(SourceFileLoader):
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        _register(module)
 
 
 def _register(counter: ModuleType) -> None:
