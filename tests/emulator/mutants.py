@@ -48,6 +48,7 @@ TIMEOUT = 300  # seconds, building apart; an endless loop is a mutant noticed
 TESTS = {
     "csrc/attention/attention_mma*": [
         "tests/test_attention_tensor_cores.py",
+        "tests/test_attention_tf32.py",
         "tests/test_attention_options.py",
         "tests/test_attention_random.py",
     ],
