@@ -8,8 +8,6 @@
 
 namespace fused {
 
-constexpr int kMmaArchitecture = 80;
-
 // The widest instance. Beyond 128 the tiles of floats have no room in the shared memory of sm_86,
 // sm_89 and sm_120: the backward pass would need 144 KB of 99.
 template <typename T>

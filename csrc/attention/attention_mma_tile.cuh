@@ -14,11 +14,11 @@
 #pragma once
 
 #include "attention/attention_mma.h"
-#include "attention/attention_mma_element.cuh"
 #include "attention/attention_mma_tiles.h"
 #include "attention/attention_score.h"
 #include "attention/attention_tile.cuh"
 #include "common/launch.h"
+#include "common/mma_tile.cuh"
 
 namespace fused {
 
@@ -52,60 +52,6 @@ __device__ __forceinline__ void copy_rows(int32_t first_row, const Copy<T, Matri
     };
     start(first);
     (start(more), ...);
-  }
-}
-
-// Where a lane's element [m][n][i] of a warp's kM by kN tiles of sums lies.
-__device__ __forceinline__ int row_of_element(int m, int i) {
-  return 16 * m + static_cast<int>(threadIdx.x) % kWarpSize / 4 + i / 2 * 8;
-}
-__device__ __forceinline__ int column_of_element(int n, int i) {
-  return 8 * n + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-}
-
-// Calls visit(m, n, i) for each element that a lane holds; all indices are constants to the
-// compiler.
-template <int kM, int kN, typename Visit>
-__device__ __forceinline__ void for_each_element(const Visit& visit) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) visit(m, n, i);
-    }
-  }
-}
-
-// sums[m][n] of rows own_row + 16m .. and other rows 8n .. .
-template <int kDim, int kM, int kN, typename T>
-__device__ __forceinline__ void row_products(const T* own, int own_row, const T* other,
-                                             float (&sums)[kM][kN][4]) {
-  using Element = MmaElement<T>;
-  const int lane = threadIdx.x % kWarpSize;
-  for_each_element<kM, kN>([&](int m, int n, int i) { sums[m][n][i] = 0; });
-  const int own_offset = chunk_offset<T, kDim>(own_row + lane % 16, lane / 16);
-  const int other_offset = chunk_offset<T, kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-#pragma unroll
-  for (int k = 0; k < kDim / Element::kDepth; ++k) {
-    uint32_t a[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      ptx::ldmatrix<false>(a[m], own + 16 * m * kDim + stepped<T, kDim>(own_offset, 2 * k));
-      Element::to_factor(a[m]);
-    }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      uint32_t b[4];
-      ptx::ldmatrix<false>(b, other + 8 * n * kDim + stepped<T, kDim>(other_offset, 2 * k));
-      Element::to_factor(b);
-      const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        Element::mma(sums[m][n], a[m], first);
-        Element::mma(sums[m][n + 1], a[m], second);
-      }
-    }
   }
 }
 

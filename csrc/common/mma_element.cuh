@@ -14,6 +14,8 @@
 
 namespace fused {
 
+constexpr int kMmaArchitecture = 80;  // the oldest one that has these products
+
 template <typename T>
 constexpr int kChunk = 16 / sizeof(T);  // elements in 16 bytes, the unit of every copy
 
