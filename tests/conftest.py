@@ -13,6 +13,10 @@ import torch
 
 from fused.testing import emulated_cuda
 
+# Convolutions of float32 are in tf32 on CUDA unless told otherwise, as stock's are. Tests of tf32
+# ask for it (fused.testing.tf32); all others mean float32.
+torch.backends.cudnn.allow_tf32 = False
+
 BACKENDS = ["cpu", "emulated", *(["cuda"] if torch.cuda.is_available() else [])]
 
 on_gpus = pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "cpu"], indirect=True)

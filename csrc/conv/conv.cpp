@@ -1,6 +1,7 @@
 // The glue of convolution: checks once, allocates, fills the params and picks the backend.
 #include "conv/conv.h"
 
+#include <ATen/Context.h>
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty.h>
 
@@ -41,6 +42,7 @@ struct Call {
   ConvGeometry geometry;
   Activation activation;
   DType dtype;
+  bool allow_tf32;
   at::MemoryFormat format;  // of everything that is returned
 };
 
@@ -92,6 +94,13 @@ void set_axis(Call& call, int64_t axis, const at::Tensor& input, const at::Tenso
   g.dilation[to] = static_cast<int32_t>(dilation[axis]);
 }
 
+// As cuDNN decides it for convolutions of float32, where stock allows it by default. Of the
+// context's ways to say so this is the one that the older flags write as well.
+bool tf32_allowed() {
+  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) ==
+         at::Float32Precision::TF32;
+}
+
 // As stock: channels-last if the input or the weight is.
 at::MemoryFormat format_of(const at::Tensor& input, const at::Tensor& weight) {
   if (input.dim() < 4) return at::MemoryFormat::Contiguous;
@@ -114,6 +123,7 @@ Call check_call(const at::Tensor& input, const at::Tensor& weight, at::IntArrayR
   check_operand(call, "weight", weight, input);
   check_options(call, stride, padding, dilation, groups);
   call.activation = parse_activation(call.op, activation);
+  call.allow_tf32 = call.dtype == DType::kFloat32 && runs_on_cuda(input) && tf32_allowed();
 
   FUSED_CHECK_VALUE(weight.size(1) * groups == input.size(1), call.op,
                     ": weight must have input's channels / groups (", input.size(1), " / ", groups,
@@ -175,6 +185,14 @@ at::Tensor through_activation(const Call& call, const at::Tensor& grad_output,
   return grad_pre;
 }
 
+// Room for the weight as the tensor-core kernels read it, where they may take the call.
+at::Tensor make_packed(const Call& call, const at::Tensor& weight, bool backward_input) {
+  const bool wanted =
+      runs_on_cuda(weight) && (at::isReducedFloatingType(weight.scalar_type()) || call.allow_tf32);
+  return at::empty({wanted ? conv_packed_elements(call.geometry, backward_input) : 0},
+                   weight.options());
+}
+
 at::Tensor backward_input(const Call& call, const at::Tensor& grad_output, const at::Tensor& input,
                           const at::Tensor& weight) {
   at::Tensor grad = at::empty(input.sizes(), input.options().memory_format(call.format));
@@ -184,11 +202,14 @@ at::Tensor backward_input(const Call& call, const at::Tensor& grad_output, const
   params.grad_output = grad_output.const_data_ptr();
   params.weight = weight.const_data_ptr();
   params.grad_input = grad.mutable_data_ptr();
+  const at::Tensor packed = make_packed(call, weight, true);
+  if (packed.numel() > 0) params.maybe_packed = packed.mutable_data_ptr();
   params.grad_output_stride = strides_of(grad_output);
   params.weight_stride = strides_of(weight);
   params.grad_input_stride = strides_of(grad);
   params.geometry = call.geometry;
   params.dtype = call.dtype;
+  params.allow_tf32 = call.allow_tf32;
   check_status(call.op, FUSED_DISPATCH(grad_output, conv_backward_input, params));
   return grad;
 }
@@ -224,6 +245,7 @@ std::tuple<at::Tensor, at::Tensor> backward_weight(const Call& call, const at::T
   if (want_weight) params.grad_weight_stride = strides_of(grad_weight);
   params.geometry = call.geometry;
   params.dtype = call.dtype;
+  params.allow_tf32 = call.allow_tf32;
 #if defined(FUSED_EMULATED) || defined(FUSED_WITH_CUDA)
   const at::Tensor partials = make_partials(call, weight, want_weight, want_bias);
   params.maybe_partials = partials.mutable_data_ptr();
@@ -258,11 +280,14 @@ std::tuple<at::Tensor, at::Tensor> conv_forward(const at::Tensor& input, const a
   params.maybe_bias = bias ? contiguous_bias.const_data_ptr() : nullptr;
   params.output = output.mutable_data_ptr();
   params.maybe_pre = save_pre ? pre.mutable_data_ptr() : nullptr;
+  const at::Tensor packed = make_packed(call, weight, false);
+  if (packed.numel() > 0) params.maybe_packed = packed.mutable_data_ptr();
   params.input_stride = strides_of(input);
   params.weight_stride = strides_of(weight);
   params.output_stride = strides_of(output);
   params.geometry = call.geometry;
   params.dtype = call.dtype;
+  params.allow_tf32 = call.allow_tf32;
   params.activation = call.activation;
   check_status(call.op, FUSED_DISPATCH(input, conv_forward, params));
   return {output, pre};

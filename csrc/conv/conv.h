@@ -41,9 +41,11 @@ struct ConvForwardParams {
   const void* maybe_bias;  // [K], contiguous, dtype
   void* output;            // [N, K, out space], dtype
   void* maybe_pre;         // laid out as output: what the activation was applied to
+  void* maybe_packed;      // conv_packed_elements() of dtype, for the CUDA kernels
   ConvStrides input_stride, weight_stride, output_stride;
   ConvGeometry geometry;
   DType dtype;
+  bool allow_tf32;  // in float32: products may round their factors to it
   Activation activation;
 };
 
@@ -53,9 +55,11 @@ struct ConvBackwardInputParams {
   const void* grad_output;  // [N, K, out space], dtype
   const void* weight;       // [K, C / G, kernel], dtype
   void* grad_input;         // [N, C, space], dtype; zero already if conv_backward_input_sparse()
+  void* maybe_packed;       // conv_packed_elements() of dtype, for the CUDA kernels
   ConvStrides grad_output_stride, weight_stride, grad_input_stride;
   ConvGeometry geometry;
   DType dtype;
+  bool allow_tf32;  // in float32: products may round their factors to it
 };
 
 // grad_weight[k, c, t] = sum over n, o of grad_output[n, k, o] input[n, c, o s - p + t d],
@@ -71,6 +75,7 @@ struct ConvBackwardWeightParams {
   ConvStrides input_stride, grad_output_stride, grad_weight_stride;
   ConvGeometry geometry;
   DType dtype;
+  bool allow_tf32;  // in float32: products may round their factors to it
 };
 
 // grad_pre = grad_output act'(x), act' from `saved`: the output of relu, leaky_relu, sigmoid and
@@ -101,6 +106,13 @@ inline bool is_depthwise(const ConvGeometry& g) { return g.in_channels == g.grou
 
 // Whether some input position may meet no tap (stride beyond the kernel): nothing writes it then.
 bool conv_backward_input_sparse(const ConvGeometry& geometry);
+
+// Products that the tensor-core kernels sum between two barriers.
+constexpr int kMmaDepth = 32;
+
+// Elements of the weight as the tensor-core kernels have it laid out anew, for the forward pass or
+// for the gradient of the input; 0 for a depthwise convolution, which they do not take.
+int64_t conv_packed_elements(const ConvGeometry& geometry, bool backward_input);
 
 // How many shares of the sum over pixels the CUDA kernels take at a time, by shape alone.
 struct ConvWeightSplits {

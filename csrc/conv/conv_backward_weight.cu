@@ -1,6 +1,7 @@
 // Launches of the gradients of weight and bias.
 #include "conv/conv_backward_weight.cuh"
 #include "conv/conv_launch.h"
+#include "conv/conv_mma.h"
 
 namespace fused {
 namespace {
@@ -16,6 +17,11 @@ Status weight_partials(const Correlation& c, bool depthwise, bool channels_last,
     const int64_t blocks = ceil_div(channels, channels_last ? kStrandChannels<true> : 1) * splits;
     return launch_flat(kernel, blocks, kConvThreads * sizeof(A), stream, c, pixels, splits,
                        partials);
+  }
+  if constexpr (std::is_same_v<A, float>) {
+    if (conv_mma_supported(c)) {
+      return conv_mma_backward_weight(c, channels_last, splits, partials, stream);
+    }
   }
   const int64_t columns = int64_t{c.depth} * c.taps[0] * c.taps[1] * c.taps[2];
   const int64_t blocks =
@@ -47,6 +53,7 @@ Status backward_weight(const ConvBackwardWeightParams& p, Stream stream) {
   forward.output_stride = p.grad_output_stride;
   forward.geometry = p.geometry;
   forward.dtype = p.dtype;
+  forward.allow_tf32 = p.allow_tf32;
   const Correlation c = forward_correlation(forward);
   if (Status status = check_products(c)) return status;
   const ConvWeightSplits splits = conv_weight_splits(p.geometry);

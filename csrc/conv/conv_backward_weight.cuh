@@ -28,6 +28,33 @@ __device__ __forceinline__ int64_t share_begin(int64_t count, int64_t split, int
   return count / splits * split + count % splits * split / splits;
 }
 
+// Where a block works: a tile of output channels by (channel, tap), over a share of the pixels.
+struct WeightPlace {
+  int32_t group, rows, first_column;  // rows: how many output channels there are in the tile
+  int64_t first_channel;              // of all groups
+  int64_t split, begin, end;
+};
+
+template <int kTileRows, int kTileColumns>
+__device__ __forceinline__ WeightPlace weight_place(const Correlation& c, int32_t columns,
+                                                    int64_t num_pixels, int32_t splits) {
+  const int32_t row_tiles = (c.rows + kTileRows - 1) / kTileRows;
+  const int32_t column_tiles = (columns + kTileColumns - 1) / kTileColumns;
+  WeightPlace place;
+  int64_t index = blockIdx.x;
+  const int32_t first_row = static_cast<int32_t>(index % row_tiles) * kTileRows;
+  index /= row_tiles;
+  place.first_column = static_cast<int32_t>(index % column_tiles) * kTileColumns;
+  index /= column_tiles;
+  place.group = static_cast<int32_t>(index % c.groups);
+  place.rows = min(kTileRows, c.rows - first_row);
+  place.first_channel = int64_t{place.group} * c.rows + first_row;
+  place.split = index / c.groups;
+  place.begin = share_begin(num_pixels, place.split, splits);
+  place.end = share_begin(num_pixels, place.split + 1, splits);
+  return place;
+}
+
 // Element (channel of a group, tap entry) of a partial gradient [K][C / G][taps], contiguous.
 template <bool kChannelsLast>
 __device__ __forceinline__ int64_t partial_index(int32_t index, int32_t depth, int32_t taps) {
@@ -79,22 +106,11 @@ __global__ void __launch_bounds__(kConvThreads)
   using A = Accumulator<T>;
   WeightTiles<A>& tiles = *shared_memory<WeightTiles<A>>();
   const int32_t taps = c.taps[0] * c.taps[1] * c.taps[2], columns = c.depth * taps;
-  const int32_t row_tiles = (c.rows + kWeightTile - 1) / kWeightTile;
-  const int32_t column_tiles = (columns + kWeightTile - 1) / kWeightTile;
-  int64_t place = blockIdx.x;
-  const int32_t first_row = static_cast<int32_t>(place % row_tiles) * kWeightTile;
-  place /= row_tiles;
-  const int32_t first_column = static_cast<int32_t>(place % column_tiles) * kWeightTile;
-  place /= column_tiles;
-  const int32_t group = static_cast<int32_t>(place % c.groups);
-  const int64_t split = place / c.groups;
-  const int64_t begin = share_begin(num_pixels, split, splits);
-  const int64_t end = share_begin(num_pixels, split + 1, splits);
-  const int32_t rows = min(kWeightTile, c.rows - first_row);
-  const int64_t first_channel = int64_t{group} * c.rows + first_row;
-  const T* grad = static_cast<const T*>(c.dest) + first_channel * c.dest_stride.channel;
-  const T* input =
-      static_cast<const T*>(c.source) + int64_t{group} * c.depth * c.source_stride.channel;
+  const auto place = weight_place<kWeightTile, kWeightTile>(c, columns, num_pixels, splits);
+  const int64_t begin = place.begin, end = place.end;
+  const int32_t rows = place.rows, first_column = place.first_column;
+  const T* grad = static_cast<const T*>(c.dest) + place.first_channel * c.dest_stride.channel;
+  const T* input = group_source<T>(c, place.group);
   const int thread = threadIdx.x;
 
   if (thread < kWeightTile) {
@@ -121,7 +137,7 @@ __global__ void __launch_bounds__(kConvThreads)
   }
   end_block(sums, totals);
 
-  partials += (split * c.groups * c.rows + first_channel) * columns;
+  partials += (place.split * c.groups * c.rows + place.first_channel) * columns;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
 #pragma unroll

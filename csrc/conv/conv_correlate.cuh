@@ -14,6 +14,30 @@
 
 namespace fused {
 
+// Where a block works: a tile of the destination's channels and of its pixels.
+struct CorrelatePlace {
+  int32_t group, first_row, rows;  // rows of the group, and how many of them there are in the tile
+  int64_t first_channel;           // of all groups
+  int64_t first_pixel;
+};
+
+template <int kTileRows, int kTilePixels>
+__device__ __forceinline__ CorrelatePlace correlate_place(const Correlation& c) {
+  const int32_t row_tiles = (c.rows + kTileRows - 1) / kTileRows;
+  CorrelatePlace place;
+  place.first_row = static_cast<int32_t>(blockIdx.x % row_tiles) * kTileRows;
+  place.group = static_cast<int32_t>(blockIdx.x / row_tiles % c.groups);
+  place.rows = min(kTileRows, c.rows - place.first_row);
+  place.first_channel = int64_t{place.group} * c.rows + place.first_row;
+  place.first_pixel = int64_t{blockIdx.x} / row_tiles / c.groups * kTilePixels;
+  return place;
+}
+
+template <int kTileRows>
+int64_t correlate_blocks(const Correlation& c, int64_t num_pixels, int tile_pixels) {
+  return ceil_div(c.rows, kTileRows) * c.groups * ceil_div(num_pixels, tile_pixels);
+}
+
 template <typename A, int kTileRows>
 struct CorrelateTiles {
   static constexpr int kTilePixels = kConvThreads * 16 / kTileRows;
@@ -153,22 +177,17 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 
   constexpr int kTilePixels = Tiles::kTilePixels;
   Tiles& tiles = *shared_memory<Tiles>();
 
-  // This block's place.
-  const int32_t row_tiles = (c.rows + kTileRows - 1) / kTileRows;
-  const int32_t first_row = static_cast<int32_t>(blockIdx.x % row_tiles) * kTileRows;
-  const int32_t group = static_cast<int32_t>(blockIdx.x / row_tiles % c.groups);
-  const int64_t first_pixel = int64_t{blockIdx.x} / row_tiles / c.groups * kTilePixels;
-  const int32_t rows = min(kTileRows, c.rows - first_row);
+  const auto place = correlate_place<kTileRows, kTilePixels>(c);
+  const int32_t rows = place.rows;
   const int32_t taps = c.taps[0] * c.taps[1] * c.taps[2];
   const int32_t steps = (c.depth * taps + kStepDepth - 1) / kStepDepth;
-  const T* weight = static_cast<const T*>(c.weight) + group * c.weight_stride.group +
-                    first_row * c.weight_stride.row;
-  const T* source =
-      static_cast<const T*>(c.source) + int64_t{group} * c.depth * c.source_stride.channel;
+  const T* weight = static_cast<const T*>(c.weight) + place.group * c.weight_stride.group +
+                    place.first_row * c.weight_stride.row;
+  const T* source = group_source<T>(c, place.group);
   const int thread = threadIdx.x;
 
   for (int i = thread; i < kTilePixels; i += kConvThreads) {
-    tiles.pixels[i] = decode_pixel(c, first_pixel + i, num_pixels);
+    tiles.pixels[i] = decode_pixel(c, place.first_pixel + i, num_pixels);
   }
   if (thread < 2 * kStepDepth) {
     tiles.taps[thread / kStepDepth][thread % kStepDepth] =
@@ -197,9 +216,8 @@ __global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 
     if (step % kStepsInBlock == kStepsInBlock - 1) end_block(sums, totals);
   }
   end_block(sums, totals);
-  finish_sums<T, kChannelsLast>(c, tiles.pixels + my_pixel,
-                                int64_t{group} * c.rows + first_row + my_row, rows - my_row,
-                                totals);
+  finish_sums<T, kChannelsLast>(c, tiles.pixels + my_pixel, place.first_channel + my_row,
+                                rows - my_row, totals);
 }
 
 }  // namespace fused

@@ -3,25 +3,16 @@
 #include "conv/conv_correlate.cuh"
 #include "conv/conv_depthwise.cuh"
 #include "conv/conv_launch.h"
+#include "conv/conv_mma.h"
 
 namespace fused {
 namespace {
-
-// Whether four channels of any source pixel can be read in one access.
-template <typename T>
-bool reads_in_fours(const Correlation& c) {
-  if (c.source_stride.channel != 1 || c.depth % 4 != 0) return false;
-  int64_t bits = c.source_stride.outer;
-  for (const int64_t stride : c.source_stride.space) bits |= stride;
-  return bits % 4 == 0 && reinterpret_cast<uintptr_t>(c.source) % sizeof(StoredFour<T>) == 0;
-}
 
 template <typename T, int kTileRows, bool kChannelsLast, bool kVector>
 Status launch_correlate(const Correlation& c, Stream stream) {
   using Tiles = CorrelateTiles<Accumulator<T>, kTileRows>;
   const int64_t pixels = num_pixels(c);
-  const int64_t blocks =
-      ceil_div(c.rows, kTileRows) * c.groups * ceil_div(pixels, Tiles::kTilePixels);
+  const int64_t blocks = correlate_blocks<kTileRows>(c, pixels, Tiles::kTilePixels);
   return launch_flat(conv_correlate_kernel<T, kTileRows, kChannelsLast, kVector>, blocks,
                      sizeof(Tiles), stream, c, pixels);
 }
@@ -29,12 +20,12 @@ Status launch_correlate(const Correlation& c, Stream stream) {
 template <typename T, int kTileRows>
 Status correlate_tiled(const Correlation& c, bool channels_last, Stream stream) {
   if (!channels_last) return launch_correlate<T, kTileRows, false, false>(c, stream);
-  return reads_in_fours<T>(c) ? launch_correlate<T, kTileRows, true, true>(c, stream)
-                              : launch_correlate<T, kTileRows, true, false>(c, stream);
+  return reads_source_in<T, 4>(c) ? launch_correlate<T, kTileRows, true, true>(c, stream)
+                                  : launch_correlate<T, kTileRows, true, false>(c, stream);
 }
 
 template <typename T>
-Status correlate(const Correlation& c, Stream stream) {
+Status correlate(const Correlation& c, void* maybe_packed, Stream stream) {
   if (Status status = check_products(c)) return status;
   const bool channels_last = c.dest_stride.channel == 1 && int64_t{c.groups} * c.rows > 1;
   if (c.groups > 1 && (c.rows == 1 || c.depth == 1)) {
@@ -43,6 +34,9 @@ Status correlate(const Correlation& c, Stream stream) {
     const auto kernel =
         channels_last ? conv_depthwise_kernel<T, true> : conv_depthwise_kernel<T, false>;
     return launch_flat(kernel, blocks, 0, stream, c, pixels);
+  }
+  if (maybe_packed != nullptr && conv_mma_supported(c)) {
+    return conv_mma_correlate(c, channels_last, maybe_packed, stream);
   }
   // Few rows (the gradient of an image, small groups): a flat tile, so that most of it is used.
   return c.rows <= 16 ? correlate_tiled<T, 16>(c, channels_last, stream)
@@ -79,14 +73,15 @@ Status activation_backward(const ConvActivationBackwardParams& p, Stream stream)
 
 Status conv_forward_cuda(const ConvForwardParams& params, Stream stream) {
   return visit_dtype(params.dtype, [&](auto type) {
-    return correlate<decltype(type)>(forward_correlation(params), stream);
+    return correlate<decltype(type)>(forward_correlation(params), params.maybe_packed, stream);
   });
 }
 
 Status conv_backward_input_cuda(const ConvBackwardInputParams& params, Stream stream) {
   return visit_dtype(params.dtype, [&](auto type) {
-    return for_each_backward_input_correlation(
-        params, [&](const Correlation& c) { return correlate<decltype(type)>(c, stream); });
+    return for_each_backward_input_correlation(params, [&](const Correlation& c) {
+      return correlate<decltype(type)>(c, params.maybe_packed, stream);
+    });
   });
 }
 

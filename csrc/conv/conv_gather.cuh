@@ -38,28 +38,55 @@ struct TapEntry {
   int32_t delta[3];
 };
 
+// A destination pixel: an image, and a position along each axis.
+struct PixelPlace {
+  int64_t image;
+  int32_t at[3];
+};
+
+// In 32 bits where they do: a division of 64 takes several times as long.
+template <typename Index>
+__device__ __forceinline__ PixelPlace pixel_place_in(const Correlation& c, Index index) {
+  PixelPlace place;
+#pragma unroll
+  for (int axis = 2; axis >= 0; --axis) {
+    const Index count = static_cast<Index>(c.count[axis]);
+    place.at[axis] = static_cast<int32_t>(index % count);
+    index /= count;
+  }
+  place.image = index;
+  return place;
+}
+
 // Destination pixel `index` of all batch * count pixels.
-__device__ __forceinline__ PixelEntry decode_pixel(const Correlation& c, int64_t index,
-                                                   int64_t num_pixels) {
+__device__ __forceinline__ PixelPlace pixel_place(const Correlation& c, int64_t index) {
+  return index <= UINT32_MAX ? pixel_place_in(c, static_cast<uint32_t>(index))
+                             : pixel_place_in(c, static_cast<uint64_t>(index));
+}
+
+__device__ __forceinline__ PixelEntry pixel_entry(const Correlation& c, const PixelPlace& place,
+                                                  bool exists) {
   PixelEntry p;
   p.dest = -1;
   p.source = 0;
-  if (index >= num_pixels) {
+  if (!exists) {
     p.at[0] = p.at[1] = p.at[2] = INT32_MIN / 2;  // inside nothing
     return p;
   }
-  p.dest = 0;
+  p.source = place.image * c.source_stride.outer;
+  p.dest = place.image * c.dest_stride.outer;
 #pragma unroll
-  for (int axis = 2; axis >= 0; --axis) {
-    const int32_t j = static_cast<int32_t>(index % c.count[axis]);
-    index /= c.count[axis];
-    p.at[axis] = c.start[axis] + c.step[axis] * j;
+  for (int axis = 0; axis < 3; ++axis) {
+    p.at[axis] = c.start[axis] + c.step[axis] * place.at[axis];
     p.source += p.at[axis] * c.source_stride.space[axis];
-    p.dest += j * c.dest_stride.space[axis];
+    p.dest += place.at[axis] * c.dest_stride.space[axis];
   }
-  p.source += index * c.source_stride.outer;
-  p.dest += index * c.dest_stride.outer;
   return p;
+}
+
+__device__ __forceinline__ PixelEntry decode_pixel(const Correlation& c, int64_t index,
+                                                   int64_t num_pixels) {
+  return pixel_entry(c, pixel_place(c, index), index < num_pixels);
 }
 
 // Product `index` of a destination's depth * taps: channels fastest in channels-last tensors, taps
@@ -86,6 +113,12 @@ __device__ __forceinline__ TapEntry decode_tap(const Correlation& c, int32_t ind
     t.weight += u * c.weight_stride.tap[axis];
   }
   return t;
+}
+
+// The first channel of a group in the source.
+template <typename T>
+__device__ __forceinline__ const T* group_source(const Correlation& c, int32_t group) {
+  return static_cast<const T*>(c.source) + int64_t{group} * c.depth * c.source_stride.channel;
 }
 
 __device__ __forceinline__ bool is_inside(const Correlation& c, const PixelEntry& p,

@@ -12,13 +12,27 @@ inline int64_t num_pixels(const Correlation& c) {
   return int64_t{c.batch} * c.count[0] * c.count[1] * c.count[2];
 }
 
+// Whether the channels of a group can be read kCount at a time, whatever the pixel.
+template <typename T, int kCount>
+bool reads_in(const void* data, const ConvStrides& strides, int32_t channels) {
+  if (strides.channel != 1 || channels % kCount != 0) return false;
+  int64_t bits = strides.outer;
+  for (const int64_t stride : strides.space) bits |= stride;
+  return bits % kCount == 0 && reinterpret_cast<uintptr_t>(data) % (kCount * sizeof(T)) == 0;
+}
+
+template <typename T, int kCount>
+bool reads_source_in(const Correlation& c) {
+  return reads_in<T, kCount>(c.source, c.source_stride, c.depth);
+}
+
 // kConvThreads threads in each of `blocks` blocks.
-template <typename... Params, typename... Args>
+template <int kArchitecture = 75, typename... Params, typename... Args>
 Status launch_flat(void (*kernel)(Params...), int64_t blocks, size_t shared_bytes, Stream stream,
                    const Args&... args) {
   if (blocks > kMaxBlocks) return "the output needs more than 2^31 - 1 blocks";
-  return launch(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kConvThreads), shared_bytes,
-                stream, args...);
+  return launch<kArchitecture>(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kConvThreads),
+                               shared_bytes, stream, args...);
 }
 
 // Products of one sum, which the kernels count in 32 bits.

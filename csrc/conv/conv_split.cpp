@@ -14,6 +14,14 @@ bool conv_backward_input_sparse(const ConvGeometry& g) {
   return false;
 }
 
+int64_t conv_packed_elements(const ConvGeometry& g, bool backward_input) {
+  const int64_t rows = backward_input ? g.in_channels : g.out_channels;
+  const int64_t depth = (backward_input ? g.out_channels : g.in_channels) / g.groups;
+  if (g.groups > 1 && (rows == g.groups || depth == 1)) return 0;
+  const int64_t products = depth * g.kernel[0] * g.kernel[1] * g.kernel[2];
+  return rows * ((products + kMmaDepth - 1) / kMmaDepth * kMmaDepth);
+}
+
 ConvWeightSplits conv_weight_splits(const ConvGeometry& g) {
   constexpr int64_t kBlocksWanted = 512;  // a few for each multiprocessor of a large GPU
   constexpr int64_t kTile = 64;

@@ -38,6 +38,7 @@ struct Correlation {
   int32_t taps[3];         // (index u)
   int32_t start[3], step[3], tap_step[3];
   DType dtype;
+  bool allow_tf32;
   Activation activation;
 };
 static_assert(std::is_trivially_copyable_v<Correlation>);
@@ -76,6 +77,7 @@ inline Correlation forward_correlation(const ConvForwardParams& p) {
     c.tap_step[axis] = g.dilation[axis];
   }
   c.dtype = p.dtype;
+  c.allow_tf32 = p.allow_tf32;
   c.activation = p.activation;
   return c;
 }
@@ -131,6 +133,7 @@ Status for_each_backward_input_correlation(const ConvBackwardInputParams& p, con
   c.weight_stride.row = p.weight_stride.channel;
   c.weight_stride.depth = p.weight_stride.outer;
   c.dtype = p.dtype;
+  c.allow_tf32 = p.allow_tf32;
   c.activation = Activation::kNone;
   c.dest_stride = p.grad_input_stride;
   for (int axis = 0; axis < 3; ++axis) {

@@ -10,19 +10,28 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm)
+# How many of the first arguments are factors.
+_PRODUCTS = {
+    torch.ops.aten.mm: 2,
+    torch.ops.aten.bmm: 2,
+    torch.ops.aten.convolution: 2,
+    torch.ops.aten.convolution_backward: 3,
+}
 
 
 @contextlib.contextmanager
 def tf32_allowed(allowed: bool = True) -> Iterator[None]:
     """Products of float32 on CUDA, emulated or not, may be in tf32, or must not."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if allowed else "ieee"
+    cudnn: Any = torch.backends.cudnn  # makes its attributes as they are asked for
+    settings = (torch.backends.cuda.matmul, cudnn.conv)
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "tf32" if allowed else "ieee"
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
@@ -32,7 +41,7 @@ def round_to_tf32(x: Tensor) -> Tensor:
 
 
 class Tf32Products(TorchDispatchMode):
-    """Rounds the factors of matrix products of float32, in backward passes too.
+    """Rounds the factors of float32's matrix products and convolutions, in backward passes too.
 
     The derivative of a softmax becomes that of a fused attention, which has no ``sum(p * dp)`` of a
     row but what its output says of it, and there the weights p were a factor.
@@ -42,8 +51,8 @@ class Tf32Products(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if args and isinstance(args[0], Tensor) and args[0].dtype == torch.float32:
-            if func.overloadpacket in _PRODUCTS:
-                args = [round_to_tf32(factor) for factor in args]
+            if factors := _PRODUCTS.get(func.overloadpacket):
+                args = [*map(round_to_tf32, args[:factors]), *args[factors:]]
             elif func is torch.ops.aten._softmax_backward_data.default:
                 grad, weights, dim, _ = args
                 return weights * (grad - (grad * round_to_tf32(weights)).sum(dim, keepdim=True))

@@ -1,0 +1,86 @@
+// What the tensor-core kernels of convolution are made of. Both factors of a step's products are
+// tiles of rows of kMmaDepth neighbours in depth, swizzled (common/mma_element.cuh), in whatever
+// order the tensors lie: what does not lie so is gathered, 16 bytes of depth by a thread.
+#pragma once
+
+#include "common/launch.h"
+#include "common/mma_tile.cuh"
+#include "conv/conv_gather.cuh"
+
+namespace fused {
+
+constexpr int kConvWarps = kConvThreads / kWarpSize;
+
+template <typename T>
+constexpr int kDepthChunks = kMmaDepth / kChunk<T>;  // of 16 bytes in a row of a tile
+
+__device__ __forceinline__ int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// sums[m][n] += columns own_column + 16m .. times columns other_column + 8n .., over kMmaDepth rows
+// of kOwn and of kOther elements. Of 16 bits each, for ldmatrix turns no others.
+template <int kOwn, int kOther, int kM, int kN, typename T>
+__device__ __forceinline__ void add_column_products(const T* own, int own_column, const T* other,
+                                                    int other_column, float (&sums)[kM][kN][4]) {
+  static_assert(sizeof(T) == 2);
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int k = 0; k < kMmaDepth; k += MmaElement<T>::kDepth) {
+    uint32_t a[kM][4];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      const int chunk = own_column / 8 + 2 * m + lane / 8 % 2;
+      ptx::ldmatrix<true>(a[m], own + chunk_offset<T, kOwn>(k + lane / 16 * 8 + lane % 8, chunk));
+    }
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      const int chunk = other_column / 8 + n + lane / 16;
+      uint32_t b[4];
+      ptx::ldmatrix<true>(b, other + chunk_offset<T, kOther>(k + lane % 16, chunk));
+      const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        MmaElement<T>::mma(sums[m][n], a[m], first);
+        MmaElement<T>::mma(sums[m][n + 1], a[m], second);
+      }
+    }
+  }
+}
+
+// The chunks of a tile of kRows rows that a thread carries from global to shared memory. Its lanes
+// run along rows, or along depth: whichever lies side by side in global memory.
+template <typename T, int kRows, bool kAlongRows>
+struct ChunkCarrier {
+  static constexpr int kCount = kRows * kDepthChunks<T> / kConvThreads;
+  static_assert(kCount * kConvThreads == kRows * kDepthChunks<T>, "every thread as many");
+  Pack<T> chunks[kCount];
+
+  static __device__ __forceinline__ int row(int i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kConvThreads;
+    return kAlongRows ? index % kRows : index / kDepthChunks<T>;
+  }
+  static __device__ __forceinline__ int chunk(int i) {
+    const int index = static_cast<int>(threadIdx.x) + i * kConvThreads;
+    return kAlongRows ? index / kRows : index % kDepthChunks<T>;
+  }
+
+  // element(row, depth) is an element of the tile.
+  template <typename Element>
+  __device__ __forceinline__ void fetch(const Element& element) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+      for (int j = 0; j < kChunk<T>; ++j) {
+        chunks[i].element[j] = element(row(i), chunk(i) * kChunk<T> + j);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void put(T* tile) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      store_pack(tile + chunk_offset<T, kMmaDepth>(row(i), chunk(i)), chunks[i]);
+    }
+  }
+};
+
+}  // namespace fused
