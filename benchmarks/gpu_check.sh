@@ -19,8 +19,8 @@ python=${PYTHON:-python3}
 part_seconds=${PART_SECONDS:-570}
 ops=(attention conv lstm optim)
 # Of tests/test_<name>.py; together they launch every kernel.
-kernel_tests=(attention attention_few_queries attention_tangent attention_tensor_cores conv lstm
-  optim optim_norm optim_table rotary)
+kernel_tests=(attention attention_few_queries attention_tangent attention_tensor_cores conv
+  conv_tensor_cores lstm optim optim_norm optim_table rotary)
 
 failed=0
 part() {
@@ -76,7 +76,7 @@ sanitize() {
   command -v compute-sanitizer >/dev/null || { echo "no compute-sanitizer here" && return 127; }
   tree_without_package
   local wanted="cuda and float32"
-  case $2 in attention_* | optim_*) wanted=cuda ;; esac
+  case $2 in attention_* | conv_* | optim_*) wanted=cuda ;; esac
   # shellcheck disable=SC2046
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
     "$python" -m pytest -q -x $(ignored_tests) -k "$wanted" "tests/test_$2.py"

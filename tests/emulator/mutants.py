@@ -72,6 +72,7 @@ TESTS = {
         "tests/test_attention_cache.py",
         "tests/test_attention_random.py",
     ],
+    "csrc/conv/conv_mma*": ["tests/test_conv_tensor_cores.py"],
     "conv": ["tests/test_conv.py"],
     "lstm": ["tests/test_lstm.py", "tests/test_lstm_graphs.py"],
     "rotary": ["tests/test_rotary.py"],
@@ -86,6 +87,11 @@ TESTS = {
     ],
     "csrc/optim/*table.cu*": ["tests/test_optim.py", "tests/test_optim_table.py"],
     "csrc/optim/norm.cu": ["tests/test_optim_norm.py", "tests/test_optim_clip.py"],
+    "csrc/common/mma_*": [
+        "tests/test_conv_tensor_cores.py",
+        "tests/test_attention_tensor_cores.py",
+        "tests/test_attention_tf32.py",
+    ],
     "common": [
         "tests/test_attention.py",
         "tests/test_attention_few_queries.py",
@@ -237,7 +243,7 @@ def killer_of(mutant: Mutant) -> str | None:
     path = TREE / mutant.path
     tests = tests_for(mutant.path)
     # Tensor cores take 16 bits, or float32 as tf32.
-    few = f"emulated and ({'float16 or tf32' if '_mma' in mutant.path else 'float32'})"
+    few = f"emulated and ({'float16 or tf32' if 'mma_' in mutant.path else 'float32'})"
     try:
         path.write_text(mutant.text)
         for variant, keyword, files in (
