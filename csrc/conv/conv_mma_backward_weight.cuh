@@ -27,13 +27,9 @@ struct WeightMmaMemory {
     T grad[WeightMmaTile::kRows * kMmaDepth];
     T input[WeightMmaTile::kColumns * kMmaDepth];
   } stages[kStages];
-  PixelEntry pixels[kStages][kMmaDepth + kMmaDepth / 8];  // of steps by turns
+  PixelEntry pixels[kStages][kMmaDepth];  // of steps by turns
   TapEntry taps[WeightMmaTile::kColumns / kColumnsOfTap];
   PixelPlace step;  // kMmaDepth, as a place: what a step goes on by
-
-  // The lanes of a warp may read the entries of different chunks at once: one left out behind each
-  // eight keeps them in different banks.
-  static __device__ __forceinline__ int slot(int depth) { return depth + depth / 8; }
 };
 
 // Goes on by as many pixels as `by` is the place of, each axis carrying into the one before.
@@ -71,7 +67,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
   const auto place_pixels = [&](int32_t step) {
     if (thread >= kWarpSize) return;
     const bool exists = int64_t{step} * kMmaDepth + thread < count;
-    memory.pixels[step % kStages][Memory::slot(thread)] = pixel_entry(c, pixel, exists);
+    memory.pixels[step % kStages][thread] = pixel_entry(c, pixel, exists);
     move_on(c, memory.step, pixel);
   };
   const auto begin_copies = [&](int32_t step) {
@@ -81,7 +77,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
 #pragma unroll
     for (int i = thread; i < kMmaDepth * kGradChunks; i += kConvThreads) {
       const int depth = i / kGradChunks, chunk = i % kGradChunks;
-      const int64_t dest = pixels[Memory::slot(depth)].dest;
+      const int64_t dest = pixels[depth].dest;
       const bool inside = dest >= 0 && chunk * kChunk<T> < place.rows;
       ptx::cp_async_16(stage.grad + chunk_offset<T, Tile::kRows>(depth, chunk),
                        inside ? grad + dest + chunk * kChunk<T> : grad, inside ? 16 : 0);
@@ -89,7 +85,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
 #pragma unroll
     for (int i = thread; i < kMmaDepth * kInputChunks; i += kConvThreads) {
       const int depth = i / kInputChunks, chunk = i % kInputChunks;
-      const PixelEntry& from = pixels[Memory::slot(depth)];
+      const PixelEntry& from = pixels[depth];
       const TapEntry& tap = memory.taps[chunk];
       const bool inside = is_inside(c, from, tap);
       ptx::cp_async_16(stage.input + chunk_offset<T, Tile::kColumns>(depth, chunk),
@@ -101,11 +97,11 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
   const auto gather = [&](int32_t step) {
     const auto& pixels = memory.pixels[step % kStages];
     grads.fetch([&](int row, int depth) {
-      const int64_t dest = pixels[Memory::slot(depth)].dest;
+      const int64_t dest = pixels[depth].dest;
       return dest >= 0 && row < place.rows ? grad[dest + row * c.dest_stride.channel] : T{};
     });
     inputs.fetch([&](int row, int depth) {
-      const PixelEntry& from = pixels[Memory::slot(depth)];
+      const PixelEntry& from = pixels[depth];
       const TapEntry& tap = memory.taps[row];
       return is_inside(c, from, tap) ? input[from.source + tap.source] : T{};
     });

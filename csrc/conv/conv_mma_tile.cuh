@@ -47,7 +47,10 @@ __device__ __forceinline__ void add_column_products(const T* own, int own_column
 }
 
 // The chunks of a tile of kRows rows that a thread carries from global to shared memory. Its lanes
-// run along rows, or along depth: whichever lies side by side in global memory.
+// run along rows, or along depth: whichever lies side by side in global memory. Depth has no order
+// of its own, as long as both factors have the same: where lanes run along it, those with the
+// chunks of a row read neighbours, and the elements of a chunk lie as far apart as there are
+// chunks.
 template <typename T, int kRows, bool kAlongRows>
 struct ChunkCarrier {
   static constexpr int kCount = kRows * kDepthChunks<T> / kConvThreads;
@@ -70,7 +73,8 @@ struct ChunkCarrier {
     for (int i = 0; i < kCount; ++i) {
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) {
-        chunks[i].element[j] = element(row(i), chunk(i) * kChunk<T> + j);
+        chunks[i].element[j] =
+            element(row(i), kAlongRows ? chunk(i) * kChunk<T> + j : j * kDepthChunks<T> + chunk(i));
       }
     }
   }
