@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from fused.testing.tf32 import Tf32Products, tf32_allowed
 DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "tf32"}
 
 
-def both_layouts(name: str, **options: object) -> list[ConvCase]:
+def both_layouts(name: str, **options: Any) -> list[ConvCase]:
     case = ConvCase(name, **options)
     return [case, replace(case, name=f"{name}, channels-last", layout="channels-last")]
 
@@ -31,7 +32,11 @@ def both_layouts(name: str, **options: object) -> list[ConvCase]:
 CASES = [
     *both_layouts("16", in_channels=16, out_channels=8, padding=1, activation="gelu"),
     *both_layouts("64", size=(11, 9), in_channels=40, out_channels=56, padding=1, stride=2),
-    *both_layouts("128", size=(5, 9), in_channels=24, out_channels=136, kernel=(2, 3)),
+    *both_layouts("128", size=(5, 9), in_channels=24, out_channels=200, kernel=(2, 3)),
+    *both_layouts("128 and a rest", in_channels=24, out_channels=136, kernel=(2, 2), batch=1),
+    *both_layouts("packed already", in_channels=32, out_channels=24, padding=1, bias=False),
+    *both_layouts("packed already, 1x1", in_channels=64, out_channels=24, kernel=(1, 1), groups=2),
+    *both_layouts("packed already, 4", size=(9, 9), in_channels=4, out_channels=8, kernel=(2, 4)),
     *both_layouts("odd channels", size=(7, 19), in_channels=19, out_channels=67, padding=2),
     *both_layouts("four channels", in_channels=12, out_channels=20, kernel=(2, 2)),
     *both_layouts("1x1", size=(10, 30), in_channels=8, out_channels=72, kernel=(1, 1), bias=False),
@@ -83,58 +88,101 @@ def test_what_an_older_device_computes_is_emulated_too(case: ConvCase, dtype: to
     assert not any("_mma_" in name for name in launches.counts())
 
 
-def launched(tensors: list[Tensor], *, architecture: int = 80, **options: object) -> set[str]:
-    """The kernels of products that ran, those on tensor cores with their template arguments."""
+ACCESS = ["copied", "in chunks", "singly"]
+
+
+def launched(
+    tensors: list[Tensor],
+    *,
+    grad_out_layout: torch.memory_format = torch.preserve_format,
+    architecture: int = 80,
+    **options: Any,
+) -> list[str]:
+    """The kernels of products that ran, and whether the weight was laid out anew."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     with emulated_cuda(architecture=architecture) as launches:
         out = functional.conv2d(*leaves, **options)
-        channels_last = tensors[0].is_contiguous(memory_format=torch.channels_last)
-        grad_out = torch.ones_like(out)
-        if channels_last:
-            grad_out = grad_out.to(memory_format=torch.channels_last)
+        grad_out = torch.ones_like(out, memory_format=grad_out_layout)
         torch.autograd.grad(out, leaves, grad_out)
     found = set()
     for name in launches.counts():
-        match = re.fullmatch(
-            r"fused::conv_(?:(mma)_)?(correlate|backward_weight)_kernel<(.*)>", name
-        )
-        if match:
-            mma, kernel, arguments = match.groups()
-            found.add(f"{kernel} {arguments.split(', ', 1)[1]}" if mma else f"portable {kernel}")
-    return found
+        if "pack_weight" in name:
+            found.add("packed")
+        elif match := re.fullmatch(r"fused::conv_mma_correlate_kernel<.*, (\d+), .*(\d)>", name):
+            found.add(f"{match[1]} rows, {ACCESS[int(match[2])]}")
+        elif match := re.fullmatch(r"fused::conv_mma_backward_weight_kernel<.*, (\w+)>", name):
+            found.add(f"weight, {ACCESS[0 if match[1] == 'true' else 2]}")
+        elif match := re.fullmatch(r"fused::conv_(correlate|backward_weight)_kernel<.*>", name):
+            found.add(f"portable {match[1]}")
+    return sorted(found)
 
 
-PORTABLE = {"portable correlate", "portable backward_weight"}
+PORTABLE = ["portable backward_weight", "portable correlate"]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
+def draw_last(*shape: int) -> Tensor:
+    return draw(*shape).to(memory_format=torch.channels_last)
+
+
 def test_what_they_take_in_the_emulator() -> None:
     x, w = draw(2, 16, 5, 6), draw(72, 16, 3, 3)
-    # Tile, channels side by side, in eights: the forward pass, then the gradient of the input.
-    contiguous = {"correlate 128, false, false", "correlate 16, false, false"}
-    assert launched([x, w]) == {*contiguous, "backward_weight false, false"}
-    assert launched([x.bfloat16(), w.bfloat16()]) == {*contiguous, "backward_weight false, false"}
-    last = x.to(memory_format=torch.channels_last)
-    in_eights = {"correlate 128, true, true", "correlate 16, true, true"}
-    assert launched([last, w]) == {*in_eights, "backward_weight true, true"}
-    # A group of four channels, or of no whole eight, or off its 16 bytes, is gathered.
-    twelve = draw(2, 12, 5, 6).to(memory_format=torch.channels_last)
-    gathered = {"correlate 64, true, false", "correlate 16, true, true"}
-    assert launched([twelve, draw(24, 12, 3, 3)]) == {*gathered, "backward_weight true, false"}
-    off = draw(2, 5, 6, 17).permute(0, 3, 1, 2)[:, 1:]
-    assert "correlate 128, true, false" in launched([off.as_strided(x.shape, (510, 1, 102, 17)), w])
+    # The forward pass has 72 rows, the gradient of the input 16.
+    contiguous = ["128 rows, in chunks", "16 rows, in chunks", "packed", "weight, singly"]
+    assert launched([x, w]) == contiguous
+    assert launched([x.bfloat16(), w.bfloat16()]) == contiguous
+    copied = ["128 rows, copied", "16 rows, copied", "packed", "weight, copied"]
+    last = draw_last(2, 16, 5, 6)
+    assert launched([last, w]) == copied
     # float32 takes them by a setting, float64 and an older device never.
     assert launched([x.float(), w.float()]) == PORTABLE
     with tf32_allowed():
-        assert launched([x.float(), w.float()]) == {*contiguous, "backward_weight false, false"}
-        last32 = {*in_eights, "backward_weight true, false"}
-        assert launched([last.float(), w.float()]) == last32
+        assert launched([x.float(), w.float()]) == contiguous
+        assert launched([last.float(), w.float()]) == [*copied[:3], "weight, singly"]
         assert launched([x.double(), w.double()]) == PORTABLE
     assert launched([x, w], architecture=75) == PORTABLE
     assert not launched([x, draw(16, 1, 3, 3)], groups=16)
+
+
+def test_how_they_read_in_the_emulator() -> None:
+    w = draw(40, 16, 3, 3)
+    # Every access goes by the source alone, however the destination lies.
+    grad_of = ["16 rows, copied", "64 rows, in chunks", "packed", "weight, singly"]
+    assert launched([draw(2, 16, 5, 6), w], grad_out_layout=torch.channels_last) == grad_of
+    # Channels of no whole eight, and channels side by side but off their 16 bytes.
+    twelve = ["16 rows, in chunks", "32 rows, singly", "packed", "weight, singly"]
+    assert launched([draw(2, 12, 5, 6), draw(24, 12, 3, 3)]) == twelve
+    off = draw(2, 5, 6, 17).permute(0, 3, 1, 2)[:, 1:]
+    assert "64 rows, in chunks" in launched([off, w])
+    # The strides of an axis of one position are never used.
+    pixel = draw(1, 16, 1, 1).as_strided((1, 16, 1, 1), (17, 1, 1, 1))
+    assert "64 rows, copied" in launched([pixel, draw(40, 16, 1, 1)])
+    # The smaller tile where the larger would be left empty by half.
+    for rows, tile in ((17, 32), (64, 64), (65, 128), (136, 64), (193, 128)):
+        assert f"{tile} rows, in chunks" in launched([draw(1, 8, 3, 3), draw(rows, 8, 1, 1)])
+
+
+def test_a_weight_that_lies_right_is_not_laid_out_anew() -> None:
+    def packed(x: Tensor, w: Tensor, **options: Any) -> bool:
+        with emulated_cuda() as launches:
+            functional.conv2d(x, w, **options)
+        return any("pack_weight" in name for name in launches.counts())
+
+    x, last, w = draw(1, 32, 5, 6), draw_last(1, 32, 5, 6), draw(24, 32, 3, 3)
+    w_last = draw_last(24, 32, 3, 3)
+    assert not packed(last, w_last)
+    assert not packed(draw_last(1, 64, 5, 6), w_last, groups=2)
+    assert packed(last, w) and packed(x, w) and packed(x, w_last)
+    assert not packed(x, draw(24, 32, 1, 1)) and not packed(last, draw(24, 32, 1, 1))
+    assert not packed(draw(1, 4, 5, 6), draw(24, 4, 2, 4))
+    # Rows of no whole steps, rows that lie apart, and a weight off its 16 bytes.
+    assert packed(draw_last(1, 24, 5, 6), draw_last(24, 24, 3, 3))
+    assert packed(last, draw(24, 3, 3, 33)[..., :32].permute(0, 3, 1, 2))
+    off = draw(24 * 288 + 1)[1:].view(24, 3, 3, 32).permute(0, 3, 1, 2)
+    assert packed(last, off)
 
 
 @on_gpus

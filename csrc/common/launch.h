@@ -41,6 +41,20 @@ int compiled_architecture(void (*kernel)(P...)) {
 #endif
 }
 
+// Of the current device; 1 where it cannot be told, and in the emulator.
+inline int num_multiprocessors() {
+  int count = 1;
+#ifndef FUSED_EMULATED
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    cudaGetLastError();
+    return 1;
+  }
+#endif
+  return count;
+}
+
 #ifndef FUSED_EMULATED
 namespace detail {
 

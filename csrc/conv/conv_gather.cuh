@@ -89,19 +89,15 @@ __device__ __forceinline__ PixelEntry decode_pixel(const Correlation& c, int64_t
   return pixel_entry(c, pixel_place(c, index), index < num_pixels);
 }
 
-// Product `index` of a destination's depth * taps: channels fastest in channels-last tensors, taps
-// fastest in others.
-template <bool kChannelsLast>
-__device__ __forceinline__ TapEntry decode_tap(const Correlation& c, int32_t index, int32_t taps) {
+__device__ __forceinline__ TapEntry tap_entry(const Correlation& c, int32_t channel, int32_t tap,
+                                              bool exists) {
   TapEntry t;
   t.source = 0;
   t.weight = -1;
-  if (index >= c.depth * taps) {
-    t.delta[0] = t.delta[1] = t.delta[2] = INT32_MIN / 2;
+  if (!exists) {
+    t.delta[0] = t.delta[1] = t.delta[2] = INT32_MIN / 2;  // inside nothing
     return t;
   }
-  int32_t tap = kChannelsLast ? index / c.depth : index % taps;
-  const int32_t channel = kChannelsLast ? index % c.depth : index / taps;
   t.source = channel * c.source_stride.channel;
   t.weight = channel * c.weight_stride.depth;
 #pragma unroll
@@ -113,6 +109,15 @@ __device__ __forceinline__ TapEntry decode_tap(const Correlation& c, int32_t ind
     t.weight += u * c.weight_stride.tap[axis];
   }
   return t;
+}
+
+// Product `index` of a destination's depth * taps: channels fastest in channels-last tensors, taps
+// fastest in others.
+template <bool kChannelsLast>
+__device__ __forceinline__ TapEntry decode_tap(const Correlation& c, int32_t index, int32_t taps) {
+  const int32_t tap = kChannelsLast ? index / c.depth : index % taps;
+  const int32_t channel = kChannelsLast ? index % c.depth : index / taps;
+  return tap_entry(c, channel, tap, index < c.depth * taps);
 }
 
 // The first channel of a group in the source.

@@ -12,18 +12,20 @@ inline int64_t num_pixels(const Correlation& c) {
   return int64_t{c.batch} * c.count[0] * c.count[1] * c.count[2];
 }
 
-// Whether the channels of a group can be read kCount at a time, whatever the pixel.
+// Whether the channels of a group can be read kCount at a time, whatever the pixel. The stride of
+// an axis of one position is never used.
 template <typename T, int kCount>
-bool reads_in(const void* data, const ConvStrides& strides, int32_t channels) {
+bool reads_in(const void* data, const ConvStrides& strides, int32_t channels, int32_t batch,
+              const int32_t (&size)[3]) {
   if (strides.channel != 1 || channels % kCount != 0) return false;
-  int64_t bits = strides.outer;
-  for (const int64_t stride : strides.space) bits |= stride;
+  int64_t bits = batch > 1 ? strides.outer : 0;
+  for (int axis = 0; axis < 3; ++axis) bits |= size[axis] > 1 ? strides.space[axis] : 0;
   return bits % kCount == 0 && reinterpret_cast<uintptr_t>(data) % (kCount * sizeof(T)) == 0;
 }
 
 template <typename T, int kCount>
 bool reads_source_in(const Correlation& c) {
-  return reads_in<T, kCount>(c.source, c.source_stride, c.depth);
+  return reads_in<T, kCount>(c.source, c.source_stride, c.depth, c.batch, c.source_size);
 }
 
 // kConvThreads threads in each of `blocks` blocks.

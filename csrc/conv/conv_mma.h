@@ -7,12 +7,12 @@
 
 namespace fused {
 
-// Whether the tensor-core kernels run this problem on the current device. `maybe_packed` is the
-// room for its weight, conv_packed_elements() of them.
+// Whether the tensor-core kernels run this problem on the current device.
 bool conv_mma_supported(const Correlation& c);
 
-// The forward pass, or the gradient of the input.
-Status conv_mma_correlate(const Correlation& c, bool channels_last, void* packed, Stream stream);
+// The forward pass, or the gradient of the input. `room` is that for the weight laid out anew,
+// conv_packed_elements() of them.
+Status conv_mma_correlate(const Correlation& c, bool channels_last, void* room, Stream stream);
 
 // The shares of the gradient of the weight, of the correlation that the forward pass is: as
 // conv_backward_weight_kernel leaves them.

@@ -29,7 +29,7 @@ struct WeightMmaMemory {
   } stages[kStages];
   PixelEntry pixels[kStages][kMmaDepth];  // of steps by turns
   TapEntry taps[WeightMmaTile::kColumns / kColumnsOfTap];
-  PixelPlace step;  // kMmaDepth, as a place: what a step goes on by
+  PixelPlace turn;  // what a warp's pixels go on by until its next turn, as a place
 };
 
 // Goes on by as many pixels as `by` is the place of, each axis carrying into the one before.
@@ -61,36 +61,35 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
   const int32_t steps = static_cast<int32_t>((count + kMmaDepth - 1) / kMmaDepth);
   const int thread = threadIdx.x;
 
-  // The first warp keeps the pixels, a lane one of each step.
+  // The warps keep the pixels of a step by turns, a lane one of them.
   static_assert(kMmaDepth == kWarpSize);
-  PixelPlace pixel = pixel_place(c, place.begin + thread % kWarpSize);
+  PixelPlace pixel = pixel_place(c, place.begin + thread);
   const auto place_pixels = [&](int32_t step) {
-    if (thread >= kWarpSize) return;
-    const bool exists = int64_t{step} * kMmaDepth + thread < count;
-    memory.pixels[step % kStages][thread] = pixel_entry(c, pixel, exists);
-    move_on(c, memory.step, pixel);
+    if (warp_index() != step % kConvWarps) return;
+    const int lane = thread % kWarpSize;
+    const bool exists = int64_t{step} * kMmaDepth + lane < count;
+    memory.pixels[step % kStages][lane] = pixel_entry(c, pixel, exists);
+    move_on(c, memory.turn, pixel);
   };
   const auto begin_copies = [&](int32_t step) {
     auto& stage = memory.stages[step % kStages];
     const auto& pixels = memory.pixels[step % kStages];
     constexpr int kGradChunks = Tile::kRows / kChunk<T>, kInputChunks = Tile::kColumns / kChunk<T>;
-#pragma unroll
-    for (int i = thread; i < kMmaDepth * kGradChunks; i += kConvThreads) {
+    for_each_share<kMmaDepth * kGradChunks>([&](unsigned i) {
       const int depth = i / kGradChunks, chunk = i % kGradChunks;
       const int64_t dest = pixels[depth].dest;
       const bool inside = dest >= 0 && chunk * kChunk<T> < place.rows;
       ptx::cp_async_16(stage.grad + chunk_offset<T, Tile::kRows>(depth, chunk),
                        inside ? grad + dest + chunk * kChunk<T> : grad, inside ? 16 : 0);
-    }
-#pragma unroll
-    for (int i = thread; i < kMmaDepth * kInputChunks; i += kConvThreads) {
+    });
+    for_each_share<kMmaDepth * kInputChunks>([&](unsigned i) {
       const int depth = i / kInputChunks, chunk = i % kInputChunks;
       const PixelEntry& from = pixels[depth];
       const TapEntry& tap = memory.taps[chunk];
       const bool inside = is_inside(c, from, tap);
       ptx::cp_async_16(stage.input + chunk_offset<T, Tile::kColumns>(depth, chunk),
                        inside ? input + from.source + tap.source : input, inside ? 16 : 0);
-    }
+    });
   };
   ChunkCarrier<T, Tile::kRows, kChannelsLast> grads;
   ChunkCarrier<T, Tile::kColumns, kChannelsLast> inputs;
@@ -111,7 +110,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
     inputs.put(memory.stages[step % kStages].input);
   };
 
-  if (thread == 0) memory.step = pixel_place(c, kMmaDepth);
+  if (thread == 0) memory.turn = pixel_place(c, kConvWarps * kMmaDepth);
   for (int i = thread; i < Tile::kColumns / Memory::kColumnsOfTap; i += kConvThreads) {
     memory.taps[i] =
         decode_tap<kChannelsLast>(c, place.first_column + i * Memory::kColumnsOfTap, taps);
@@ -123,7 +122,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
   if constexpr (kVector) {
 #pragma unroll 1
     for (int step = 0; step < kStages - 1; ++step) {
-      begin_copies(step);  // of steps behind the last: zeros, for no pixel exists
+      if (step < steps) begin_copies(step);
       ptx::cp_async_commit();
     }
   } else {
@@ -140,17 +139,17 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
     if constexpr (kVector) ptx::cp_async_wait<kStages - 2>();
     __syncthreads();  // the step is there for all, and all are done with the one before
     if constexpr (kVector) {
-      begin_copies(step + kStages - 1);
-      ptx::cp_async_commit();
-      place_pixels(step + kStages);
+      if (step + kStages - 1 < steps) begin_copies(step + kStages - 1);
+      ptx::cp_async_commit();  // an empty group too, so that they can be counted
       add_column_products<Tile::kRows, Tile::kColumns>(stage.grad, warp_row, stage.input,
                                                        warp_column, sums);
-    } else {
-      gather(step + 1);
       place_pixels(step + kStages);
+    } else {
+      gather(step + 1);  // nothing behind the last: its pixels do not exist
       add_row_products<kMmaDepth>(stage.grad, warp_row, stage.input + warp_column * kMmaDepth,
                                   sums);
       put(step + 1);
+      place_pixels(step + kStages);
     }
   }
 
@@ -165,8 +164,7 @@ __device__ __forceinline__ void weight_share_on_tensor_cores(const Correlation& 
 }
 
 template <typename T, bool kChannelsLast, bool kVector>
-__global__ void __launch_bounds__(kConvThreads,
-                                  kVector || (sizeof(T) == 2 && !kChannelsLast) ? 2 : 1)
+__global__ void __launch_bounds__(kConvThreads, kVector ? 2 : 1)
     conv_mma_backward_weight_kernel(const Correlation c, const int64_t num_pixels,
                                     const int32_t splits, float* partials) {
   if constexpr (ptx::kArchitecture >= kMmaArchitecture) {

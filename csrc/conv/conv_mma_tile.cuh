@@ -46,9 +46,20 @@ __device__ __forceinline__ void add_column_products(const T* own, int own_column
   }
 }
 
+// Calls visit(i) for a thread's share of kCount indices. Unsigned, and as many times for all
+// threads as the compiler can see: divisions are then shifts, and loops are none.
+template <int kCount, typename Visit>
+__device__ __forceinline__ void for_each_share(const Visit& visit) {
+#pragma unroll
+  for (unsigned j = 0; j * kConvThreads < kCount; ++j) {
+    const unsigned i = threadIdx.x + j * kConvThreads;
+    if (kCount % kConvThreads == 0 || i < kCount) visit(i);
+  }
+}
+
 // The chunks of a tile of kRows rows that a thread carries from global to shared memory. Its lanes
-// run along rows, or along depth: whichever lies side by side in global memory. Depth has no order
-// of its own, as long as both factors have the same: where lanes run along it, those with the
+// run along rows, or along depth if that is what lies side by side in global memory. Depth has no
+// order of its own, as long as both factors have the same: where lanes run along it, those with the
 // chunks of a row read neighbours, and the elements of a chunk lie as far apart as there are
 // chunks.
 template <typename T, int kRows, bool kAlongRows>
@@ -58,25 +69,31 @@ struct ChunkCarrier {
   Pack<T> chunks[kCount];
 
   static __device__ __forceinline__ int row(int i) {
-    const int index = static_cast<int>(threadIdx.x) + i * kConvThreads;
-    return kAlongRows ? index % kRows : index / kDepthChunks<T>;
+    const unsigned index = threadIdx.x + i * kConvThreads;
+    return static_cast<int>(kAlongRows ? index % kRows : index / kDepthChunks<T>);
   }
   static __device__ __forceinline__ int chunk(int i) {
-    const int index = static_cast<int>(threadIdx.x) + i * kConvThreads;
-    return kAlongRows ? index / kRows : index % kDepthChunks<T>;
+    const unsigned index = threadIdx.x + i * kConvThreads;
+    return static_cast<int>(kAlongRows ? index / kRows : index % kDepthChunks<T>);
+  }
+
+  // fill(row, chunk, elements) gives the elements of a chunk.
+  template <typename Fill>
+  __device__ __forceinline__ void fetch_chunks(const Fill& fill) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) fill(row(i), chunk(i), chunks[i].element);
   }
 
   // element(row, depth) is an element of the tile.
   template <typename Element>
   __device__ __forceinline__ void fetch(const Element& element) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    fetch_chunks([&](int row, int chunk, T(&elements)[kChunk<T>]) {
 #pragma unroll
       for (int j = 0; j < kChunk<T>; ++j) {
-        chunks[i].element[j] =
-            element(row(i), kAlongRows ? chunk(i) * kChunk<T> + j : j * kDepthChunks<T> + chunk(i));
+        elements[j] =
+            element(row, kAlongRows ? chunk * kChunk<T> + j : j * kDepthChunks<T> + chunk);
       }
-    }
+    });
   }
 
   __device__ __forceinline__ void put(T* tile) const {

@@ -243,7 +243,7 @@ def killer_of(mutant: Mutant) -> str | None:
     path = TREE / mutant.path
     tests = tests_for(mutant.path)
     # Tensor cores take 16 bits, or float32 as tf32.
-    few = f"emulated and ({'float16 or tf32' if 'mma_' in mutant.path else 'float32'})"
+    few = f"emulated and ({'float16 or tf32' if 'mma' in mutant.path else 'float32'})"
     try:
         path.write_text(mutant.text)
         for variant, keyword, files in (
