@@ -100,7 +100,7 @@ struct WeightLoader {
 };
 
 template <typename T, bool kChannelsLast>
-__global__ void __launch_bounds__(kConvThreads)
+__global__ void __launch_bounds__(kConvThreads, sizeof(Accumulator<T>) == 8 ? 1 : 2)
     conv_backward_weight_kernel(const Correlation c, const int64_t num_pixels, const int32_t splits,
                                 Accumulator<T>* partials) {
   using A = Accumulator<T>;
