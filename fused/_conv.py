@@ -29,9 +29,9 @@ _DOC = """{axes}-d convolution with bias and activation in one kernel.
 
     Signature and meaning of :func:`torch.nn.functional.conv{axes}d`. An implicit matrix product: no
     tensor of patches is made, and contiguous and channels-last tensors are read and written as they
-    lie. Deterministic, forward and backward. On CUDA from sm_80 on, tensor cores multiply float16 and
-    bfloat16, and float32 in tf32 unless ``torch.backends.cudnn.conv.fp32_precision`` (or the older
-    ``torch.backends.cudnn.allow_tf32``) says otherwise: PyTorch allows it by default.
+    lie. Deterministic, forward and backward. On CUDA from sm_80 on, tensor cores multiply float16
+    and bfloat16, and float32 in tf32 unless ``torch.backends.cudnn.conv.fp32_precision`` (or the
+    older ``torch.backends.cudnn.allow_tf32``) says otherwise: PyTorch allows it by default.
 
     Args:
         input: ``[N, C, {space}]`` or ``[C, {space}]``, float32, float64, float16 or bfloat16.
