@@ -38,6 +38,7 @@ CASES = [
     *both_layouts("packed already, 1x1", in_channels=64, out_channels=24, kernel=(1, 1), groups=2),
     *both_layouts("packed already, 4", size=(9, 9), in_channels=4, out_channels=8, kernel=(2, 4)),
     *both_layouts("odd channels", size=(7, 19), in_channels=19, out_channels=67, padding=2),
+    *both_layouts("64, odd channels", in_channels=9, out_channels=40, kernel=(2, 2)),
     *both_layouts("four channels", in_channels=12, out_channels=20, kernel=(2, 2)),
     *both_layouts("1x1", size=(10, 30), in_channels=8, out_channels=72, kernel=(1, 1), bias=False),
     *both_layouts("groups of 8", in_channels=24, out_channels=48, groups=3, padding=1, stride=2),
