@@ -106,6 +106,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "return nearest >= band.low && furthest <= band.high ? Sight::kAll : Sight::kSome;",
     ): "of a tile that is seen whole every key is asked for: slower, the same",
     (
+        "csrc/conv/conv_mma_backward_weight.cuh",
+        "index off by one",
+        "} stages[kStages];",
+    ): "room for a stage more, which nobody uses",
+    (
+        "csrc/conv/conv_mma_correlate.cuh",
+        "index off by one",
+        "Stage stages[Tile::kStages];",
+    ): "room for a stage more, which nobody uses",
+    (
         "csrc/optim/device_table.cu",
         "> to >=",
         "return one_place && "
