@@ -111,11 +111,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "} stages[kStages];",
     ): "room for a stage more, which nobody uses",
     (
-        "csrc/conv/conv_mma_correlate.cuh",
-        "index off by one",
-        "Stage stages[Tile::kStages];",
-    ): "room for a stage more, which nobody uses",
-    (
         "csrc/optim/device_table.cu",
         "> to >=",
         "return one_place && "
