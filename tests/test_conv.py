@@ -153,6 +153,20 @@ def test_the_number_of_threads_changes_nothing(
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def assert_nan_and_infinity_go_as_in_the_reference(
+    case: ConvCase, dtype: torch.dtype, device: torch.device
+) -> None:
+    tensors, options = case.make(dtype, device)
+    tensors[0][0, 1, 2, 3] = torch.nan
+    tensors[0][1, 0, -1, -1] = torch.inf
+    grad_out = draw_grad_out(case, tensors, options)
+    grad_out[0, 3, 1, 1] = torch.inf
+    expected = run(reference.conv2d, tensors, options, grad_out)
+    actual = run(functional.conv2d, tensors, options, grad_out)
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert torch.equal(a.isnan(), e.isnan()) and torch.equal(a.isinf(), e.isinf()), name
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
 @pytest.mark.parametrize("groups", [1, 12])
 @pytest.mark.parametrize("stride", [1, 2])
@@ -168,15 +182,7 @@ def test_nan_and_infinity_go_where_the_sums_carry_them(
         stride=stride,
         layout=layout,
     )
-    tensors, options = case.make(torch.float32, backend)
-    tensors[0][0, 1, 2, 3] = torch.nan
-    tensors[0][1, 0, -1, -1] = torch.inf
-    grad_out = draw_grad_out(case, tensors, options)
-    grad_out[0, 3, 1, 1] = torch.inf
-    expected = run(reference.conv2d, tensors, options, grad_out)
-    actual = run(functional.conv2d, tensors, options, grad_out)
-    for name, a, e in zip(NAMES, actual, expected, strict=True):
-        assert torch.equal(a.isnan(), e.isnan()) and torch.equal(a.isinf(), e.isinf()), name
+    assert_nan_and_infinity_go_as_in_the_reference(case, torch.float32, backend)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

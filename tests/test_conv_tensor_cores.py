@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import on_gpus
-from test_conv import NAMES, draw_grad_out, run, stock
+from test_conv import (
+    NAMES,
+    assert_nan_and_infinity_go_as_in_the_reference,
+    draw_grad_out,
+    run,
+    stock,
+)
 from torch import Tensor
 
 from fused import functional, reference
@@ -195,15 +201,7 @@ def test_nan_and_infinity_go_where_the_sums_carry_them(
     case = ConvCase(
         "nan", in_channels=channels, out_channels=24, padding=1, layout=layout, size=(9, 8)
     )
-    tensors, options = case.make(dtype, backend)
-    tensors[0][0, 1, 2, 3] = torch.nan
-    tensors[0][1, 0, -1, -1] = torch.inf
-    grad_out = draw_grad_out(case, tensors, options)
-    grad_out[0, 3, 1, 1] = torch.inf
-    expected = run(reference.conv2d, tensors, options, grad_out)
-    actual = run(functional.conv2d, tensors, options, grad_out)
-    for name, a, e in zip(NAMES, actual, expected, strict=True):
-        assert torch.equal(a.isnan(), e.isnan()) and torch.equal(a.isinf(), e.isinf()), name
+    assert_nan_and_infinity_go_as_in_the_reference(case, dtype, backend)
 
 
 @on_gpus
