@@ -1,6 +1,5 @@
 #include "attention/attention_glue.h"
 
-#include <ATen/Context.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
@@ -11,6 +10,7 @@
 
 #include "attention/attention_split.h"
 #include "common/dispatch.h"
+#include "common/tf32.h"
 
 #if defined(FUSED_EMULATED)
 #include "emulator/capture.h"
@@ -44,13 +44,6 @@ void set_dropout(AttentionProblem& problem, double dropout_p,
   problem.maybe_rng = rng.const_data_ptr<int64_t>();
   problem.drop_threshold = static_cast<uint32_t>(std::min(std::ldexp(dropout_p, 32), 4294967295.0));
   problem.keep_scale = scalar(dropout_p == 1 ? 0 : 1 / (1 - dropout_p));
-}
-
-// As cuBLAS decides it for products of float32. Of the context's ways to say so this is the one
-// that the older flags write as well; allowTF32CuBLAS() raises where somebody used both.
-bool tf32_allowed() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL) ==
-         at::Float32Precision::TF32;
 }
 
 // A bound beyond all keys is one that no length can reach.
@@ -258,7 +251,7 @@ void fill_problem(AttentionProblem& problem, const at::Tensor& q, const at::Tens
   problem.softcap = scalar(options.softcap);
   problem.causal = options.is_causal;
   problem.dtype = dtype_of(kOp, "q", q);
-  problem.allow_tf32 = problem.dtype == DType::kFloat32 && runs_on_cuda(q) && tf32_allowed();
+  problem.allow_tf32 = may_round_to_tf32(q, at::Float32Op::MATMUL);
   set_dropout(problem, options.dropout_p, options.rng, q);
   check_supported(kOp, attention_unsupported(problem));
 }

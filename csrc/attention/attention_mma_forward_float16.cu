@@ -7,7 +7,7 @@ Status attention_mma_forward_float16(const AttentionForwardParams& params, Strea
 }
 
 bool attention_mma_compiled() {
-  return compiled_architecture(attention_mma_forward_kernel<Half, 64, false, false>) >=
+  return compiled_architecture<attention_mma_forward_kernel<Half, 64, false, false>>() >=
          kMmaArchitecture;
 }
 

@@ -2,6 +2,7 @@
 // memory. Included by .cu and .cuh files.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <tuple>
 #include <type_traits>
@@ -24,35 +25,68 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+#ifndef FUSED_EMULATED
+namespace detail {
+
+// A positive number that the driver says of each device. Launchers ask every time, the driver is
+// asked once.
+class DeviceNumber {
+ public:
+  // That of the current device by ask(device, &number), `unknown` where that fails.
+  template <class Ask>
+  int of_current(const Ask& ask, int unknown) {
+    int device = 0, number = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess && device < kDevices) {
+      number = known_[device].load(std::memory_order_relaxed);
+      if (number != 0) return number;
+    }
+    if (error == cudaSuccess) error = ask(device, &number);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return unknown;
+    }
+    if (device < kDevices) known_[device].store(number, std::memory_order_relaxed);
+    return number;
+  }
+
+ private:
+  static constexpr int kDevices = 64;  // those beyond are asked every time
+  std::atomic<int> known_[kDevices] = {};
+};
+
+}  // namespace detail
+#endif
+
 // The architecture, times ten, whose instructions a kernel was compiled to for the current device:
 // at most the device's own, and less where the build holds nothing newer. 0 where it cannot run.
-template <class... P>
-int compiled_architecture(void (*kernel)(P...)) {
+template <auto kKernel>
+int compiled_architecture() {
 #ifdef FUSED_EMULATED
-  (void)kernel;
   return emulator::architecture();
 #else
-  cudaFuncAttributes attributes;
-  if (cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return attributes.ptxVersion;
+  static detail::DeviceNumber architecture;
+  const auto ask = [](int, int* number) {
+    cudaFuncAttributes attributes{};
+    const auto error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+    *number = attributes.ptxVersion;
+    return error;
+  };
+  return architecture.of_current(ask, 0);
 #endif
 }
 
 // Of the current device; 1 where it cannot be told, and in the emulator.
 inline int num_multiprocessors() {
-  int count = 1;
-#ifndef FUSED_EMULATED
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    cudaGetLastError();
-    return 1;
-  }
+#ifdef FUSED_EMULATED
+  return 1;
+#else
+  static detail::DeviceNumber count;
+  const auto ask = [](int device, int* number) {
+    return cudaDeviceGetAttribute(number, cudaDevAttrMultiProcessorCount, device);
+  };
+  return count.of_current(ask, 1);
 #endif
-  return count;
 }
 
 #ifndef FUSED_EMULATED

@@ -29,26 +29,24 @@ __device__ __forceinline__ void for_each_element(const Visit& visit) {
   }
 }
 
-// sums[m][n] += rows own_row + 16m .. times other rows 8n .. .
-template <int kDim, int kM, int kN, typename T>
-__device__ __forceinline__ void add_row_products(const T* own, int own_row, const T* other,
-                                                 float (&sums)[kM][kN][4]) {
+// sums[m][n] += tile m of the left factors times tile n of the right ones, for kProducts steps of
+// depth. left(k, m, a) and right(k, n, b) read them, the right ones of tiles n and n + 1 together.
+template <typename T, int kProducts, int kM, int kN, typename Left, typename Right>
+__device__ __forceinline__ void add_products(const Left& left, const Right& right,
+                                             float (&sums)[kM][kN][4]) {
   using Element = MmaElement<T>;
-  const int lane = threadIdx.x % kWarpSize;
-  const int own_offset = chunk_offset<T, kDim>(own_row + lane % 16, lane / 16);
-  const int other_offset = chunk_offset<T, kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 #pragma unroll
-  for (int k = 0; k < kDim / Element::kDepth; ++k) {
+  for (int k = 0; k < kProducts; ++k) {
     uint32_t a[kM][4];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      ptx::ldmatrix<false>(a[m], own + 16 * m * kDim + stepped<T, kDim>(own_offset, 2 * k));
+      left(k, m, a[m]);
       Element::to_factor(a[m]);
     }
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       uint32_t b[4];
-      ptx::ldmatrix<false>(b, other + 8 * n * kDim + stepped<T, kDim>(other_offset, 2 * k));
+      right(k, n, b);
       Element::to_factor(b);
       const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
 #pragma unroll
@@ -58,6 +56,23 @@ __device__ __forceinline__ void add_row_products(const T* own, int own_row, cons
       }
     }
   }
+}
+
+// sums[m][n] += rows own_row + 16m .. times other rows 8n .. .
+template <int kDim, int kM, int kN, typename T>
+__device__ __forceinline__ void add_row_products(const T* own, int own_row, const T* other,
+                                                 float (&sums)[kM][kN][4]) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int own_offset = chunk_offset<T, kDim>(own_row + lane % 16, lane / 16);
+  const int other_offset = chunk_offset<T, kDim>(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  add_products<T, kDim / MmaElement<T>::kDepth>(
+      [&](int k, int m, uint32_t (&a)[4]) {
+        ptx::ldmatrix<false>(a, own + 16 * m * kDim + stepped<T, kDim>(own_offset, 2 * k));
+      },
+      [&](int k, int n, uint32_t (&b)[4]) {
+        ptx::ldmatrix<false>(b, other + 8 * n * kDim + stepped<T, kDim>(other_offset, 2 * k));
+      },
+      sums);
 }
 
 template <int kDim, int kM, int kN, typename T>

@@ -1,7 +1,6 @@
 // The glue of convolution: checks once, allocates, fills the params and picks the backend.
 #include "conv/conv.h"
 
-#include <ATen/Context.h>
 #include <ATen/DimVector.h>
 #include <ATen/ops/empty.h>
 
@@ -11,6 +10,7 @@
 
 #include "common/checks.h"
 #include "common/dispatch.h"
+#include "common/tf32.h"
 #include "conv/conv_ops.h"
 
 namespace fused {
@@ -94,13 +94,6 @@ void set_axis(Call& call, int64_t axis, const at::Tensor& input, const at::Tenso
   g.dilation[to] = static_cast<int32_t>(dilation[axis]);
 }
 
-// As cuDNN decides it for convolutions of float32, where stock allows it by default. Of the
-// context's ways to say so this is the one that the older flags write as well.
-bool tf32_allowed() {
-  return at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::CONV) ==
-         at::Float32Precision::TF32;
-}
-
 // As stock: channels-last if the input or the weight is.
 at::MemoryFormat format_of(const at::Tensor& input, const at::Tensor& weight) {
   if (input.dim() < 4) return at::MemoryFormat::Contiguous;
@@ -123,7 +116,7 @@ Call check_call(const at::Tensor& input, const at::Tensor& weight, at::IntArrayR
   check_operand(call, "weight", weight, input);
   check_options(call, stride, padding, dilation, groups);
   call.activation = parse_activation(call.op, activation);
-  call.allow_tf32 = call.dtype == DType::kFloat32 && runs_on_cuda(input) && tf32_allowed();
+  call.allow_tf32 = may_round_to_tf32(input, at::Float32Op::CONV);
 
   FUSED_CHECK_VALUE(weight.size(1) * groups == input.size(1), call.op,
                     ": weight must have input's channels / groups (", input.size(1), " / ", groups,
@@ -187,8 +180,7 @@ at::Tensor through_activation(const Call& call, const at::Tensor& grad_output,
 
 // Room for the weight as the tensor-core kernels read it, where they may take the call.
 at::Tensor make_packed(const Call& call, const at::Tensor& weight, bool backward_input) {
-  const bool wanted =
-      runs_on_cuda(weight) && (at::isReducedFloatingType(weight.scalar_type()) || call.allow_tf32);
+  const bool wanted = runs_on_cuda(weight) && fit_tensor_cores(call.dtype, call.allow_tf32);
   return at::empty({wanted ? conv_packed_elements(call.geometry, backward_input) : 0},
                    weight.options());
 }

@@ -9,8 +9,10 @@
 // with zero where the input is read outside. Only the padding before an axis appears: what is
 // padded after it follows from the output's size, so that "same" needs no copy where it is uneven.
 //
-// Accumulation is in float, in double for double. NaN and infinities go where the sums carry them.
-// Every result is one fixed order of operations: no atomics, nothing depends on the schedule.
+// Accumulation is in float, in double for double. NaN and infinities go where the sums carry them;
+// those of a weight also to where its tap reads outside, in kernels that multiply by the zero there
+// rather than skip it, forward and in grad_input. Every result is one fixed order of operations: no
+// atomics, nothing depends on the schedule.
 #pragma once
 
 #include <cstdint>
@@ -107,11 +109,22 @@ inline bool is_depthwise(const ConvGeometry& g) { return g.in_channels == g.grou
 // Whether some input position may meet no tap (stride beyond the kernel): nothing writes it then.
 bool conv_backward_input_sparse(const ConvGeometry& geometry);
 
+// Whether groups of so many destination and source channels are no matrix product: a correlation is
+// then the depthwise kernel's.
+constexpr bool takes_depthwise_kernel(int32_t groups, int32_t rows, int32_t depth) {
+  return groups > 1 && (rows == 1 || depth == 1);
+}
+
+// Whether the tensor cores have products of these factors.
+constexpr bool fit_tensor_cores(DType dtype, bool allow_tf32) {
+  return dtype == DType::kFloat32 ? allow_tf32 : dtype != DType::kFloat64;
+}
+
 // Products that the tensor-core kernels sum between two barriers.
 constexpr int kMmaDepth = 32;
 
 // Elements of the weight as the tensor-core kernels have it laid out anew, for the forward pass or
-// for the gradient of the input; 0 for a depthwise convolution, which they do not take.
+// for the gradient of the input; 0 where takes_depthwise_kernel().
 int64_t conv_packed_elements(const ConvGeometry& geometry, bool backward_input);
 
 // How many shares of the sum over pixels the CUDA kernels take at a time, by shape alone.

@@ -28,7 +28,7 @@ template <typename T>
 Status correlate(const Correlation& c, void* maybe_packed, Stream stream) {
   if (Status status = check_products(c)) return status;
   const bool channels_last = c.dest_stride.channel == 1 && int64_t{c.groups} * c.rows > 1;
-  if (c.groups > 1 && (c.rows == 1 || c.depth == 1)) {
+  if (takes_depthwise_kernel(c.groups, c.rows, c.depth)) {
     const int64_t pixels = num_pixels(c);
     const int64_t blocks = ceil_div(pixels * c.groups * c.rows, kConvThreads);
     const auto kernel =

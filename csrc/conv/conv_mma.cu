@@ -100,9 +100,9 @@ Status launch_weight(const Correlation& c, int32_t splits, float* partials, Stre
 }  // namespace
 
 bool conv_mma_supported(const Correlation& c) {
-  if (c.dtype == DType::kFloat64 || (c.dtype == DType::kFloat32 && !c.allow_tf32)) return false;
-  return compiled_architecture(conv_mma_backward_weight_kernel<Half, true, true>) >=
-         kMmaArchitecture;
+  return fit_tensor_cores(c.dtype, c.allow_tf32) &&
+         compiled_architecture<conv_mma_backward_weight_kernel<Half, true, true>>() >=
+             kMmaArchitecture;
 }
 
 Status conv_mma_correlate(const Correlation& c, bool channels_last, void* room, Stream stream) {

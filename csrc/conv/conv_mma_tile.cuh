@@ -22,28 +22,20 @@ template <int kOwn, int kOther, int kM, int kN, typename T>
 __device__ __forceinline__ void add_column_products(const T* own, int own_column, const T* other,
                                                     int other_column, float (&sums)[kM][kN][4]) {
   static_assert(sizeof(T) == 2);
+  constexpr int kDepth = MmaElement<T>::kDepth;
   const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-  for (int k = 0; k < kMmaDepth; k += MmaElement<T>::kDepth) {
-    uint32_t a[kM][4];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      const int chunk = own_column / 8 + 2 * m + lane / 8 % 2;
-      ptx::ldmatrix<true>(a[m], own + chunk_offset<T, kOwn>(k + lane / 16 * 8 + lane % 8, chunk));
-    }
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      const int chunk = other_column / 8 + n + lane / 16;
-      uint32_t b[4];
-      ptx::ldmatrix<true>(b, other + chunk_offset<T, kOther>(k + lane % 16, chunk));
-      const uint32_t first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        MmaElement<T>::mma(sums[m][n], a[m], first);
-        MmaElement<T>::mma(sums[m][n + 1], a[m], second);
-      }
-    }
-  }
+  add_products<T, kMmaDepth / kDepth>(
+      [&](int k, int m, uint32_t (&a)[4]) {
+        const int row = k * kDepth + lane / 16 * 8 + lane % 8;
+        const int chunk = own_column / 8 + 2 * m + lane / 8 % 2;
+        ptx::ldmatrix<true>(a, own + chunk_offset<T, kOwn>(row, chunk));
+      },
+      [&](int k, int n, uint32_t (&b)[4]) {
+        const int row = k * kDepth + lane % 16;
+        const int chunk = other_column / 8 + n + lane / 16;
+        ptx::ldmatrix<true>(b, other + chunk_offset<T, kOther>(row, chunk));
+      },
+      sums);
 }
 
 // Calls visit(i) for a thread's share of kCount indices. Unsigned, and as many times for all

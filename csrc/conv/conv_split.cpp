@@ -15,11 +15,11 @@ bool conv_backward_input_sparse(const ConvGeometry& g) {
 }
 
 int64_t conv_packed_elements(const ConvGeometry& g, bool backward_input) {
-  const int64_t rows = backward_input ? g.in_channels : g.out_channels;
-  const int64_t depth = (backward_input ? g.out_channels : g.in_channels) / g.groups;
-  if (g.groups > 1 && (rows == g.groups || depth == 1)) return 0;
-  const int64_t products = depth * g.kernel[0] * g.kernel[1] * g.kernel[2];
-  return rows * ((products + kMmaDepth - 1) / kMmaDepth * kMmaDepth);
+  const int32_t rows = (backward_input ? g.in_channels : g.out_channels) / g.groups;
+  const int32_t depth = (backward_input ? g.out_channels : g.in_channels) / g.groups;
+  if (takes_depthwise_kernel(g.groups, rows, depth)) return 0;
+  const int64_t products = int64_t{depth} * g.kernel[0] * g.kernel[1] * g.kernel[2];
+  return int64_t{g.groups} * rows * ((products + kMmaDepth - 1) / kMmaDepth * kMmaDepth);
 }
 
 ConvWeightSplits conv_weight_splits(const ConvGeometry& g) {
