@@ -55,7 +55,9 @@ def patch(model: nn.Module) -> PatchReport:
     Parameters stay the very same tensors, and hooks, training mode and references to the modules
     stay as well, so that an optimizer made before goes on. Subclasses of stock modules and
     parametrized modules are left alone. An `nn.TransformerEncoder` or `nn.TransformerEncoderLayer`
-    calls its patched attention in evaluation too, where stock has a path of its own around it.
+    calls its patched attention in evaluation too, where stock has a path of its own around it: of
+    padded positions it then returns what the layers make of them, as in training, where stock's
+    path returns zeros.
 
     Args:
         model: any module; it may itself be of a kind that has a twin.

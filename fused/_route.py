@@ -76,6 +76,8 @@ def is_traced(*tensors: Tensor | None) -> bool:
     """Whether someone must see the registered op instead of the function behind it."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > int(_is_captured):
         return True
+    if torch._C._get_tracing_state() is not None:  # torch.jit.trace, which knows operators alone
+        return True
     return any(t is not None and (type(t) not in _PLAIN_TYPES or t.is_meta) for t in tensors)
 
 

@@ -359,3 +359,14 @@ def test_rotary_has_derivatives_and_compiles() -> None:
         "rotary: cos must have the length and at most half the head_dim of q ([1, 1, 3, 4]), "
         "and its batch or none, got [2, 2]"
     )
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (1, 2, 3, 600)], ids=str)
+def test_in_the_place_of_pytorchs_function(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(shape) for _ in range(3))  # which no kernel takes
+    expected = F.scaled_dot_product_attention(q, k, v)
+    ours = fused.functional.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", ours)
+    assert torch.equal(F.scaled_dot_product_attention(q, k, v), expected)

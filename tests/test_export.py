@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import fused
 
@@ -37,3 +39,24 @@ def test_a_package_compiled_ahead_of_time_runs_the_kernels(tmp_path: Path) -> No
         torch._inductor.aoti_compile_and_package(program, package_path=path)
         compiled = torch._inductor.aoti_load_package(path)
         torch.testing.assert_close(compiled(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (fused.Conv1d(4, 6, 3), (2, 4, 9)),
+        (fused.Conv2d(4, 6, 3), (2, 4, 9, 9)),
+        (fused.LSTM(4, 5), (3, 2, 4)),
+        (fused.LSTMCell(4, 5), (2, 4)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_what_jit_trace_records_computes_the_same(
+    module: nn.Module, shape: tuple[int, ...]
+) -> None:
+    with torch.no_grad():
+        traced = torch.jit.trace(module.eval(), torch.randn(shape))
+        x = torch.randn(shape)
+        actual, expected = traced(x), module(x)
+    for one, other in zip(pytree.tree_leaves(actual), pytree.tree_leaves(expected), strict=True):
+        assert torch.equal(one, other)

@@ -401,3 +401,18 @@ def test_explain_names_the_path_and_the_reason() -> None:
     module = fused.LSTM(3, 5, dtype=torch.complex64)
     explanation = fused.explain(module, x.to(torch.complex64))
     assert explanation.paths == ("composite",) and "complex64" in str(explanation)
+
+
+def test_a_cell_asks_for_each_weight_once() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, weight: Tensor) -> Tensor:
+            self.calls += 1
+            return weight
+
+    cell, counting = fused.LSTMCell(4, 5), Counting()
+    parametrize.register_parametrization(cell, "weight_ih", counting)
+    counting.calls = 0
+    cell(torch.randn(2, 4))
+    assert counting.calls == 1

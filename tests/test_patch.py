@@ -48,6 +48,8 @@ def test_patched_encoder_runs_kernels_in_eval_without_grad(padded: bool, activat
         assert launches(model.layers[0], x, src_key_padding_mask=mask) == 1
         visible = torch.ones(3, 7, dtype=torch.bool) if mask is None else ~mask
         torch.testing.assert_close(actual[visible], expected[visible])
+        assert (expected[~visible] == 0).all()
+        assert (actual[~visible] != 0).all()  # as patch's docstring says
         fused.unpatch(model)
         assert launches(model, x, src_key_padding_mask=mask) == 0
         torch.testing.assert_close(model(x, src_key_padding_mask=mask), expected)

@@ -33,18 +33,16 @@ class LSTMCell(nn.LSTMCell):
         else:
             hx = hx if is_batched else (hx[0].unsqueeze(0), hx[1].unsqueeze(0))
             h, c = _lstm.pair_of_states("lstm_cell", hx)
-        self._check_shapes(input, h, c)
-        h, c = _lstm.lstm_cell(
-            input, (h, c), self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        )
+        weight_ih = self.weight_ih  # once: a parametrization computes it anew at every look
+        self._check_shapes(input, h, c, weight_ih.shape[1])
+        h, c = _lstm.lstm_cell(input, (h, c), weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return (h, c) if is_batched else (h.squeeze(0), c.squeeze(0))
 
-    def _check_shapes(self, input: Tensor, h: Tensor, c: Tensor) -> None:
+    def _check_shapes(self, input: Tensor, h: Tensor, c: Tensor, input_size: int) -> None:
         """What torch.lstm_cell checks, in its words."""
-        if input.shape[1] != self.weight_ih.shape[1]:
+        if input.shape[1] != input_size:
             raise RuntimeError(
-                f"input has inconsistent input_size: got {input.shape[1]} "
-                f"expected {self.weight_ih.shape[1]}"
+                f"input has inconsistent input_size: got {input.shape[1]} expected {input_size}"
             )
         for index, state in enumerate((h, c)):
             if state.shape[0] != input.shape[0]:
