@@ -172,10 +172,10 @@ def test_how_they_read_in_the_emulator() -> None:
         assert f"{tile} rows, in chunks" in launched([draw(1, 8, 3, 3), draw(rows, 8, 1, 1)])
 
 
-def test_a_weight_that_lies_right_is_not_laid_out_anew() -> None:
+def test_a_weight_that_lies_right_is_not_laid_out_anew_in_the_emulator() -> None:
     def packed(x: Tensor, w: Tensor, **options: Any) -> bool:
         with emulated_cuda() as launches:
-            functional.conv2d(x, w, **options)
+            (functional.conv2d if x.dim() == 4 else functional.conv3d)(x, w, **options)
         return any("pack_weight" in name for name in launches.counts())
 
     x, last, w = draw(1, 32, 5, 6), draw_last(1, 32, 5, 6), draw(24, 32, 3, 3)
@@ -190,6 +190,14 @@ def test_a_weight_that_lies_right_is_not_laid_out_anew() -> None:
     assert packed(last, draw(24, 3, 3, 33)[..., :32].permute(0, 3, 1, 2))
     off = draw(24 * 288 + 1)[1:].view(24, 3, 3, 32).permute(0, 3, 1, 2)
     assert packed(last, off)
+    # Along any axis, also the depth that images do not have.
+    volume = draw(1, 32, 3, 4, 5).to(memory_format=torch.channels_last_3d)
+    for axis in range(3):
+        taps, stride = [1, 1, 1], [32, 32, 32]
+        taps[axis] = 3
+        assert not packed(volume, draw(10 * 96).as_strided((8, 32, *taps), (96, 1, *stride)))
+        stride[axis] = 64
+        assert packed(volume, draw(10 * 96).as_strided((8, 32, *taps), (96, 1, *stride)))
 
 
 @on_gpus
