@@ -4,11 +4,11 @@ There are three ways, and every op takes one of them through this module:
 
 - *kernel*: the op's `autograd.Function` over the pybind11 function, the shortest way in eager mode;
 - *traced*: the same C++ function as `torch.ops.fused.<op>`, with the same derivative, where someone
-  must see the op itself: torch.compile and torch.export, fake and meta tensors, tensor subclasses
-  and dispatch modes;
+  must see the op itself: torch.compile and torch.export, fake and meta tensors and dispatch modes;
 - *composite*: plain PyTorch operators, for what no kernel covers. `torch.func` transforms and
   forward-mode derivatives take it (but for attention's), and so do derivatives beyond the first,
-  because every PyTorch operator has its rules for them.
+  because every PyTorch operator has its rules for them, and DTensors and their like, which have
+  rules for PyTorch's operators alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from fused import _load
@@ -111,6 +112,8 @@ def composite_reason(*tensors: Tensor | None, forward_mode: bool = False) -> str
         return None
     if is_transformed():
         return "a torch.func transform is active"
+    if has_subclass(*tensors):
+        return "a tensor is of a subclass that may not know of fused's ops"
     if torch.compiler.is_compiling():
         return None
     # The public forward_ad has no cheap way to ask whether a level is open.
@@ -152,8 +155,22 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
 
 
 def has_subclass(*tensors: Tensor | None) -> bool:
-    """Whether any is of a class of its own, which may not know of fused's ops."""
-    return any(t is not None and type(t) not in (*_PLAIN_TYPES, FakeTensor) for t in tensors)
+    """Whether any is of a class that answers for each operator, and may not know of fused's ops."""
+    return any(
+        t is not None and type(t) not in _PLAIN_TYPES and _may_refuse_ops(type(t)) for t in tensors
+    )
+
+
+def _may_refuse_ops(cls: type[Tensor]) -> bool:
+    # Those of the tracers pass every operator on, and so does the result of a collective.
+    module = sys.modules.get("torch.distributed._functional_collectives")
+    passing = () if module is None else (module.AsyncCollectiveTensor,)
+    if issubclass(cls, (FakeTensor, FunctionalTensor, *passing)):
+        return False
+    return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+vars(_may_refuse_ops)["_dynamo_marked_constant"] = True
 
 
 def unsupported(*tensors: Tensor | None, bool_too: bool = False) -> str | None:
