@@ -170,7 +170,7 @@ def _may_refuse_ops(cls: type[Tensor]) -> bool:
     return cls.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-vars(_may_refuse_ops)["_dynamo_marked_constant"] = True
+vars(_may_refuse_ops)["_dynamo_marked_constant"] = True  # as is_transformed
 
 
 def unsupported(*tensors: Tensor | None, bool_too: bool = False) -> str | None:

@@ -1,4 +1,4 @@
-"""Tensors of classes that have rules for PyTorch's operators alone: DTensors, and one of our own."""
+"""Tensors whose class knows of PyTorch's operators alone: DTensors, and one of our own."""
 
 from __future__ import annotations
 
