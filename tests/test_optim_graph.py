@@ -72,6 +72,34 @@ def test_compiled_step(cls: type) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_schedule_of_numbers_is_compiled_twice(cls: type) -> None:
+    """Once with the first one, once for all others: with its bits, and with the betas'."""
+    momentum = {"momentum": 0.9} if cls is fused.SGD else {}
+    eager, compiled = (make(cls, {"lr": 0.1, **momentum}) for _ in range(2))
+    graphs = 0
+
+    def counting(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    step = torch.compile(compiled[1].step, fullgraph=True, backend=counting)
+    for index in range(6):
+        for network, optimizer in (eager, compiled):
+            set_gradients(network, index)
+            (group,) = optimizer.param_groups
+            group["lr"] = 0.1 / (index + 1)
+            if "betas" in group:
+                group["betas"] = (0.9 - index / 100, 0.99 + index / 1000)
+            # The first is an eager one: in it states begin, which is another graph.
+            step() if optimizer is compiled[1] and index > 0 else optimizer.step()
+    assert graphs == 2
+    for a, b in zip(everything(*eager), everything(*compiled), strict=True):
+        assert torch.equal(a, b)
+
+
 class Arguments(TorchDispatchMode):
     """While it is entered, notes the keyword arguments of each of fused's ops."""
 
@@ -98,7 +126,7 @@ def test_a_compiled_step_brings_its_numbers_to_the_device(cls: type) -> None:
         optimizer.step()
     (arguments,) = log.seen
     numbers = [v for name, v in arguments.items() if name.startswith("tensor_") and v is not None]
-    assert len(numbers) == (3 if "betas" in options else 1)
+    assert len(numbers) == (1 if cls is fused.SGD else 3)
     assert all(number.device == parameter.device for number in numbers)
 
 

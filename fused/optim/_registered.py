@@ -119,12 +119,18 @@ def lists_by_master(*lists: list[Any]) -> list[list[list[Any]]]:
 def number_and_tensor(value: float | Tensor, params: list[Tensor]) -> tuple[float, Tensor | None]:
     """A hyperparameter as the registered ops take it: the tensor goes before the number.
 
-    A compiled step may become a CUDA graph, whose replays know nothing of what the host reads: the
-    tensor goes to the device first, by a copy that Inductor keeps out of the graph.
+    In a compiled step it is always a tensor, on the device. A number would be compiled in, and the
+    next of a schedule would be compiled anew: a product is among the few things that the compiler
+    makes of a number without fixing it. And the step may become a CUDA graph, whose replays know
+    nothing of what the host reads: a tensor goes there by a copy that Inductor keeps out of the
+    graph.
     """
-    if not isinstance(value, Tensor):
-        return float(value), None
-    return 0.0, value.to(params[0].device) if torch.compiler.is_compiling() else value
+    if not torch.compiler.is_compiling():
+        return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+    device = params[0].device
+    if isinstance(value, Tensor):
+        return 0.0, value.to(device)
+    return 0.0, torch.ones((), dtype=torch.float64, device=device) * value
 
 
 def _fake_step(*args: Any, **kwargs: Any) -> None:
