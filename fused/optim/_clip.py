@@ -97,7 +97,8 @@ def _composite_reason(op: str, tensors: Sequence[Tensor], norm_type: float) -> s
     if float(norm_type) != 2.0:
         reason: str | None = f"norm_type is {norm_type}"
     else:
-        reason = _route.composite_reason(*tensors) or _route.unsupported(*tensors)
+        own = (t for t in tensors if not _route.is_sharded(t))  # of DTensors each rank has its part
+        reason = _route.composite_reason(*own) or _route.unsupported(*tensors)
     _route.report(op, tensors[0].device, reason)
     return reason
 
