@@ -1,6 +1,26 @@
 // Matrices turned over in registers, between any two storage types. Included by the kernels of an
 // instruction set that need it.
 
+// What an element is while it is turned over: a number as wide as its sums, or, if it is several
+// steps of a product, itself.
+template <typename T, int kEach = kSteps<T>>
+struct TurnedAs {
+  using type = T;
+};
+template <typename T>
+struct TurnedAs<T, 1> {
+  using type = Accumulator<T>;
+};
+
+template <typename To, typename From>
+static inline To converted(From from) {
+  if constexpr (std::is_same_v<To, From>) {
+    return from;
+  } else {
+    return store<To>(load(from));
+  }
+}
+
 // The lower or the upper halves of a and b, element by element in turn.
 template <typename A, bool kUpper, size_t... I>
 static inline typename VectorOf<A>::type interleave(typename VectorOf<A>::type a,
@@ -66,11 +86,11 @@ static inline void transpose_rest(To* to, int64_t ld_to, const From* from, int64
   for (; rows >= 4; rows -= 4, from += 4 * ld_from, to += 4) {
     for (int64_t i = 0; i < columns; ++i) {
 #pragma GCC unroll 4
-      for (int64_t j = 0; j < 4; ++j) to[i * ld_to + j] = store<To>(load(from[j * ld_from + i]));
+      for (int64_t j = 0; j < 4; ++j) to[i * ld_to + j] = converted<To>(from[j * ld_from + i]);
     }
   }
   for (; rows > 0; --rows, from += ld_from, ++to) {
-    for (int64_t i = 0; i < columns; ++i) to[i * ld_to] = store<To>(load(from[i]));
+    for (int64_t i = 0; i < columns; ++i) to[i * ld_to] = converted<To>(from[i]);
   }
 }
 
@@ -79,7 +99,7 @@ static inline void transpose_rest(To* to, int64_t ld_to, const From* from, int64
 template <typename To, typename From>
 static inline void transpose(To* to, int64_t ld_to, const From* from, int64_t ld_from, int64_t rows,
                              int64_t columns, const From* readable) {
-  constexpr int64_t kSize = kLanes<Accumulator<To>>;
+  constexpr int64_t kSize = kLanes<typename TurnedAs<To>::type>;
   int64_t r = 0;
   for (; r + kSize <= rows; r += kSize, from += kSize * ld_from) {
     for (int64_t i = 0; i < columns; i += kSize) {

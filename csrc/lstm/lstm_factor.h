@@ -27,8 +27,9 @@ struct Rows {
 // The right-hand factor B [k, n] of one product or, as recurrent weights are, of many.
 class Factor {
  public:
-  // `rows` is how many rows of left-hand factors it will meet in all: few are not worth packing B.
-  Factor(const at::Tensor& b, int64_t rows);
+  // How many rows of left-hand factors it will meet in all, and in how many products: few are not
+  // worth packing B.
+  Factor(const at::Tensor& b, int64_t rows, int64_t products);
 
   at::Tensor product(const at::Tensor& a) const;    // A B
   void assign(const Rows& c, const Rows& a) const;  // C = A B
@@ -47,7 +48,7 @@ class Factor {
 
 // A B, once.
 inline at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
-  return Factor(b, a.size(0)).product(a);
+  return Factor(b, a.size(0), 1).product(a);
 }
 
 }  // namespace fused

@@ -52,8 +52,9 @@ at::Tensor states_before(const at::Tensor& states, const at::Tensor& initial,
   return parts.empty() ? initial.narrow(0, 0, 0) : at::cat(parts);
 }
 
-std::optional<Factor> factor_if(const std::optional<at::Tensor>& maybe_weight, int64_t rows) {
-  return has(maybe_weight) ? std::optional<Factor>(std::in_place, *maybe_weight, rows)
+std::optional<Factor> factor_if(const std::optional<at::Tensor>& maybe_weight, int64_t rows,
+                                int64_t products) {
+  return has(maybe_weight) ? std::optional<Factor>(std::in_place, *maybe_weight, rows, products)
                            : std::nullopt;
 }
 
@@ -138,9 +139,10 @@ lstm_layer_forward(const at::Tensor& input, const at::Tensor& h0, const at::Tens
   shared.maybe_bias_hh = pointer_or_null(bias_hh);
   shared.hidden_size = static_cast<int32_t>(hidden_size);
   shared.dtype = dtype_of(op, "input", input);
-  const Factor recurrent(w_hh.t(), rows.size(0));
+  const auto num_steps = static_cast<int64_t>(steps.size());
+  const Factor recurrent(w_hh.t(), rows.size(0), num_steps);
   const auto projection =
-      factor_if(has(w_hr) ? std::optional(w_hr->t()) : std::nullopt, rows.size(0));
+      factor_if(has(w_hr) ? std::optional(w_hr->t()) : std::nullopt, rows.size(0), num_steps);
   const auto run = [&](int64_t first, int64_t last) {
     LstmCellForwardParams p = shared;
     p.c_prev = const_row_pointer(c, first);
@@ -180,8 +182,9 @@ void backward_steps(const char* op, const std::vector<LstmStep>& steps,
                     const at::Tensor& cells, StepGradients& grad) {
   const at::Tensor grad_hidden =
       has(w_hr) ? at::empty(grad.c.sizes(), grad.c.options()) : at::Tensor();
-  const Factor recurrent(w_hh, gates.size(0));
-  const auto projection = factor_if(w_hr, gates.size(0));
+  const auto num_steps = static_cast<int64_t>(steps.size());
+  const Factor recurrent(w_hh, gates.size(0), num_steps);
+  const auto projection = factor_if(w_hr, gates.size(0), num_steps);
   const auto run = [&](int64_t first, int64_t last) {
     LstmCellBackwardParams p{};
     p.hidden_size = static_cast<int32_t>(c0.size(1));

@@ -50,17 +50,19 @@ static void product_pack_stripe(const CpuMatrix& b, int64_t k, int64_t n, int64_
     }
     return;
   }
-  if constexpr (kSteps<E> == 1) {
-    if (b.stride0 == 1) {
-      const T* end = data + (columns - 1) * b.stride1 + k;
-      return transpose(out, kStripe, data, b.stride1, columns, k, end);
-    }
+  const int64_t step = kSteps<E> * b.stride0;
+  // Where elements lie one after another, they are turned over in registers.
+  const bool in_rows = b.stride0 == 1 && b.stride1 % kSteps<E> == 0;
+  if (in_rows) {
+    using Source = std::conditional_t<kSteps<E> == 1, T, E>;
+    const Source* from = reinterpret_cast<const Source*>(data);
+    const int64_t stride = b.stride1 / kSteps<E>;
+    transpose(out, kStripe, from, stride, columns, whole, from + (columns - 1) * stride + whole);
   }
   for (int64_t j = 0; j < columns; ++j) {
     const T* column = data + j * b.stride1;
-    const int64_t next = kSteps<E> * b.stride0;
-    pack_elements(out + j, kStripe, column, next, whole, b.stride0, true);
-    pack_elements(out + whole * kStripe + j, kStripe, column + whole * next, next, elements - whole,
+    if (!in_rows) pack_elements(out + j, kStripe, column, step, whole, b.stride0, true);
+    pack_elements(out + whole * kStripe + j, kStripe, column + whole * step, step, elements - whole,
                   b.stride0, false);
   }
 }
