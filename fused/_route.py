@@ -156,9 +156,10 @@ def is_sharded(value: object) -> TypeGuard[DTensor]:
 
 def has_subclass(*tensors: Tensor | None) -> bool:
     """Whether any is of a class that answers for each operator, and may not know of fused's ops."""
-    return any(
-        t is not None and type(t) not in _PLAIN_TYPES and _may_refuse_ops(type(t)) for t in tensors
-    )
+    for t in tensors:  # a generator would take as long again, at every eager call
+        if t is not None and type(t) not in _PLAIN_TYPES and _may_refuse_ops(type(t)):
+            return True
+    return False
 
 
 def _may_refuse_ops(cls: type[Tensor]) -> bool:

@@ -28,6 +28,7 @@ class Labelled(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Labelled:
+        # PyTorch's own way to a wrapper; its type stubs leave it out.
         wrapper: Labelled = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device,
             requires_grad=inner.requires_grad,
@@ -53,6 +54,11 @@ class Labelled(Tensor):
 
 def cell(input: Tensor, h: Tensor, c: Tensor, *weights: Tensor) -> Tensor:
     return torch.cat(F.lstm_cell(input, (h, c), *weights))
+
+
+def output(module: nn.Module, input: Tensor) -> Tensor:
+    result: Tensor = module(input)[0]
+    return result
 
 
 def rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -115,9 +121,9 @@ def check_sharded_batches() -> None:
         has_batch = [shape[0] == 4 and len(shape) > 1 and "conv" not in name for shape in shapes]
         placed: list[Tensor] = [
             distribute_tensor(leaf.detach(), mesh, [Shard(0) if cut else Replicate()])
+            .requires_grad_()
             for leaf, cut in zip(leaves, has_batch, strict=True)
-        ]
-        placed = [leaf.requires_grad_() for leaf in placed]
+        ]  # fmt: skip
         for actual, one in zip(results(function, placed), results(function, leaves), strict=True):
             assert isinstance(actual, DTensor), name
             torch.testing.assert_close(actual.full_tensor(), one.detach())
@@ -133,13 +139,12 @@ def check_sharded_batches() -> None:
         for parameter in module.parameters():
             nn.init.normal_(parameter)
         input = torch.randn(shape, dtype=torch.float64)
-        first = lambda m, x: m(x)[0]  # noqa: E731
-        expected = first(module, input)
+        expected = output(module, input)
         expected.square().sum().backward()
         twin = copy.deepcopy(module)
         twin.zero_grad()
         distribute_module(twin, mesh)
-        out = first(twin, distribute_tensor(input, mesh, [Shard(batch)]))
+        out = output(twin, distribute_tensor(input, mesh, [Shard(batch)]))
         out.square().sum().backward()
         torch.testing.assert_close(out.full_tensor(), expected.detach())
         for ours, one in zip(twin.parameters(), module.parameters(), strict=True):
